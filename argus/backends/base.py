@@ -1,0 +1,162 @@
+"""What a backend offers: the operations that a tier may ask for, and attention over pages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from argus.attention import Partial, Query
+
+if TYPE_CHECKING:
+    from argus.tiers.base import Tier
+
+Axis = Literal["channel", "token"]
+"""Whose numbers share a scale: ``channel`` groups along tokens (one scale a channel), ``token`` along channels."""
+
+Payload = dict[str, Tensor]
+"""What a tier keeps of ``n`` pages: named tensors, each ``[n, B, ...]``."""
+
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+"""Bits of each plane that a code is cut into, low bits first: only powers of two pack exactly into bytes."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Packed integer codes with ``x = code * scale + zero`` for each group.
+
+    Attributes
+    ----------
+    bits : int
+        Bits a code, 1 to 8.
+    axis : {"channel", "token"}
+    group : int or None
+        Numbers that share a scale and a zero; None: the whole axis of a page.
+    symmetric : bool
+        Codes are signed about zero and no zero is kept.
+    """
+
+    bits: int
+    axis: Axis
+    group: int | None = None
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class Float8:
+    """E4M3 codes (OCP 8-bit floating point, 2023) with ``x = code * scale`` for each group of `group` numbers (None: the axis)."""
+
+    axis: Axis
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Floating-point numbers as they are, under the name ``codes``."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Pages of one stage, up to a bounded block, as the backend sees them.
+
+    Attributes
+    ----------
+    key_tier, value_tier : Tier
+        They decode, and may describe their codes by :meth:`argus.tiers.base.Tier.form`.
+    keys, values : dict of str to Tensor
+        Payloads ``[n, B, ...]``.
+    positions : Tensor
+        ``[n]`` int64, position of each page's first token, in tokens.
+    last : int
+        The largest position held, in tokens.
+    exact : Tensor or None
+        ``[n, B, H, P]`` bool, tokens that are answered elsewhere because they are kept exact.
+    patch : callable or None
+        ``patch(role, decoded)`` writes exact outliers into decoded pages ``[n, B, H, P, D]`` in place.
+    """
+
+    key_tier: Tier
+    value_tier: Tier
+    keys: Payload
+    values: Payload
+    positions: Tensor
+    last: int
+    exact: Tensor | None = None
+    patch: Patch | None = None
+
+
+def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:
+    """View pages ``[..., P, D]`` as groups and tell the dimension that runs along one."""
+    dim = -2 if axis == "channel" else -1
+    return x.unflatten(dim, (-1, group or x.shape[dim])), dim
+
+
+class Patch(ABC):
+    """Exact outliers of the pages of a segment."""
+
+    @abstractmethod
+    def __call__(self, role: str, pages: Tensor) -> Tensor:
+        """Write the outliers of `role` into decoded pages ``[n, B, H, P, D]``, in place, and return them."""
+
+
+class Backend(ABC):
+    """Operations on pages ``[n, B, H, P, D]``.
+
+    How codes are ordered inside a payload is the backend's business: only it reads what it wrote.
+    """
+
+    name: str
+
+    @abstractmethod
+    def quantize(self, x: Tensor, form: Affine) -> Payload:
+        """Quantize pages to packed codes.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[n, B, H, P, D]`` float32, finite.
+        form : Affine
+            Its group divides ``P`` (axis ``channel``) or ``D`` (axis ``token``).
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``codes`` uint8 (or int8, symmetric), ``scale`` float16 and, unless symmetric, ``zero`` float16. Scales and
+            zeros are ``[n, B, H, P/g, D]`` for ``channel`` and ``[n, B, H, P, D/g]`` for ``token``. Codes are computed
+            from the rounded scale and zero.
+        """
+
+    @abstractmethod
+    def dequantize(self, payload: Payload, form: Affine) -> Tensor:
+        """Pages ``[n, B, H, P, D]`` float32 from what :meth:`quantize` or :meth:`affine` returned."""
+
+    @abstractmethod
+    def affine(self, codes: Tensor, scale: Tensor, zero: Tensor, form: Affine) -> Payload:
+        """Pack codes that a tier chose itself.
+
+        Parameters
+        ----------
+        codes : Tensor
+            ``[n, B, H, P, D]`` uint8 below ``2 ** form.bits``.
+        scale, zero : Tensor
+            float16, shaped as for :meth:`quantize`.
+        """
+
+    @abstractmethod
+    def to_fp8(self, x: Tensor, form: Float8) -> Payload:
+        """``codes`` float8_e4m3fn ``[n, B, H, P, D]`` and ``scale`` float16, shaped as for :meth:`quantize`."""
+
+    @abstractmethod
+    def from_fp8(self, payload: Payload, form: Float8) -> Tensor:
+        """Pages ``[n, B, H, P, D]`` float32 from what :meth:`to_fp8` returned."""
+
+    @abstractmethod
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Apply ``matrix [M, P]`` to the token axis of pages: ``[n, B, H, M, D]`` float32."""
+
+    @abstractmethod
+    def attend(self, query: Query, segment: Segment) -> Partial:
+        """Answer `query` for the pages of `segment`; bounded workspace, no page is left decoded."""

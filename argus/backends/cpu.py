@@ -1,0 +1,161 @@
+"""The CPU backend: plain torch, and the oracle of every kernel. It runs on any device that torch runs on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from argus.attention import Partial, Query, answer_pages
+from argus.backends.base import PLANES, Affine, Axis, Backend, Float8, Payload, Segment, grouped
+from argus.hookspecs import hookimpl
+
+FP8_MAX = 448.0
+
+def round_up(x: Tensor) -> Tensor:
+    """The smallest float16 not below `x` (float32, within FP16's range)."""
+    half = x.to(torch.float16)
+    step = torch.where(half.signbit(), -1, 1).to(torch.int16) * (half.float() < x)
+    return (half.view(torch.int16) + step).view(torch.float16)
+
+
+def round_down(x: Tensor) -> Tensor:
+    """The largest float16 not above `x` (float32, within FP16's range)."""
+    return -round_up(-x)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last axis.
+
+    Parameters
+    ----------
+    codes : Tensor
+        ``[..., D]`` uint8 below ``2 ** bits``; ``D`` a multiple of 8 over the narrowest plane's bits.
+    bits : int
+        1 to 8.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``[..., D * bits / 8]``. Each plane of ``b`` bits takes ``C = D * b / 8`` bytes; field ``j`` of byte ``c`` holds element
+        ``j * C + c``, so that a mask and a shift of whole bytes yield neighbours.
+    """
+    parts = []
+    for plane in PLANES[bits]:
+        fields = 8 // plane
+        low = codes & ((1 << plane) - 1)
+        codes = codes >> plane if plane < 8 else codes
+        low = low.unflatten(-1, (fields, -1))
+        byte = low[..., 0, :].clone()
+        for j in range(1, fields):
+            byte |= low[..., j, :] << (j * plane)
+        parts.append(byte)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Codes ``[..., D]`` uint8 from what :func:`pack` returned; may be `packed` itself."""
+    length = packed.shape[-1] * 8 // bits
+    codes: Tensor | None = None
+    start = shift = 0
+    for plane in PLANES[bits]:
+        fields = 8 // plane
+        width = length // fields
+        byte = packed[..., start : start + width]
+        start += width
+        part = byte if fields == 1 else _fields(byte, plane, fields)
+        codes = part if codes is None else codes | (part << shift)
+        shift += plane
+    return codes if codes is not None else packed
+
+
+def _fields(byte: Tensor, plane: int, fields: int) -> Tensor:
+    mask = (1 << plane) - 1
+    middle = [(byte >> (j * plane)) & mask for j in range(1, fields - 1)]
+    return torch.stack([byte & mask, *middle, byte >> (8 - plane)], -2).flatten(-2)
+
+
+class CpuBackend(Backend):
+    """Vectorized torch, right before it is fast."""
+
+    name = "cpu"
+
+    def quantize(self, x: Tensor, form: Affine) -> Payload:
+        parts, dim = grouped(x, form.axis, form.group)
+        top = (1 << form.bits) - 1
+        if form.symmetric:
+            half = top >> 1
+            scale = round_up(parts.abs().amax(dim) / half)
+            step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
+            codes = (parts / step).round_().clamp_(-half, half).to(torch.int8)
+            return {"codes": codes.view(x.shape), "scale": scale}
+        low, high = torch.aminmax(parts, dim=dim)
+        zero = round_down(low)
+        scale = round_up((high - zero.float()) / top)
+        step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
+        codes = ((parts - zero.float().unsqueeze(dim)) / step).round_().clamp_(0, top).to(torch.uint8)
+        return self.affine(codes.view(x.shape), scale, zero, form)
+
+    def affine(self, codes: Tensor, scale: Tensor, zero: Tensor, form: Affine) -> Payload:
+        return {"codes": pack(codes, form.bits), "scale": scale, "zero": zero}
+
+    def dequantize(self, payload: Payload, form: Affine) -> Tensor:
+        scale = payload["scale"].float()
+        if form.symmetric:
+            x = payload["codes"].float()
+        else:
+            x = unpack(payload["codes"], form.bits).float()
+        parts, dim = grouped(x, form.axis, form.group)
+        parts.mul_(scale.unsqueeze(dim))
+        if not form.symmetric:
+            parts.add_(payload["zero"].float().unsqueeze(dim))
+        return x
+
+    def to_fp8(self, x: Tensor, form: Float8) -> Payload:
+        parts, dim = grouped(x, form.axis, form.group)
+        scale = round_up(parts.abs().amax(dim) / FP8_MAX)
+        step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
+        codes = (parts / step).clamp_(-FP8_MAX, FP8_MAX).view(x.shape)
+        return {"codes": codes.to(torch.float8_e4m3fn), "scale": scale}
+
+    def from_fp8(self, payload: Payload, form: Float8) -> Tensor:
+        # An e4m3 byte, its exponent and mantissa moved to FP16's places, is the number over 2^8: cheaper than a cast.
+        byte = payload["codes"].view(torch.int8).to(torch.int16)
+        half = ((byte & 0x7F) << 7) | (byte & -0x8000)
+        x = half.view(torch.float16).float()
+        parts, dim = grouped(x, form.axis, form.group)
+        parts.mul_((payload["scale"].float() * 256.0).unsqueeze(dim))
+        return x
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return matrix.to(x) @ x
+
+    def attend(self, query: Query, segment: Segment) -> Partial:
+        keys = segment.key_tier.decode(segment.keys, "keys")
+        values = segment.value_tier.decode(segment.values, "values")
+        if segment.patch is not None:
+            keys, values = segment.patch("keys", keys), segment.patch("values", values)
+        return answer_pages(query, keys, values, visible(query, segment, keys.shape[-2]))
+
+
+def visible(query: Query, segment: Segment, page: int) -> Tensor | None:
+    """Which tokens of a segment each row may see, broadcastable to ``[n, B, H, R, P]``; None: all."""
+    mask = None
+    if query.mask is not None or segment.last > query.start:
+        steps = torch.arange(page, device=segment.positions.device)
+        positions = (segment.positions.unsqueeze(-1) + steps).flatten()
+        mask = query.visible(positions, segment.last)
+    if mask is not None:
+        mask = mask.unflatten(-1, (-1, page)).movedim(-2, 0)
+    if segment.exact is None:
+        return mask
+    coded = ~segment.exact.unsqueeze(-2)
+    if mask is None:
+        return coded
+    if mask.dtype == torch.bool:
+        return mask & coded
+    return torch.where(coded, mask, torch.finfo(mask.dtype).min)
+
+
+@hookimpl
+def argus_backends() -> dict[str, type[Backend]]:
+    return {"cpu": CpuBackend}

@@ -1,0 +1,170 @@
+"""The one boundary to Hydra: what a cache and a run are made of, validated and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from argus.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """No unknown names, no change after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenOptions(BaseModel):
+    """Named fields and, beside them, options that the plugin's own config validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is not a named field."""
+        return dict(self.model_extra or {})
+
+
+class StageConfig(OpenOptions):
+    """A stage: one tier for both roles (with its options beside it), or one each in ``keys`` and ``values``.
+
+    ``capacity`` is in tokens, for aging policies that look at it; null: any number.
+    """
+
+    tier: str | None = None
+    keys: str | dict[str, Any] | None = None
+    values: str | dict[str, Any] | None = None
+    capacity: PositiveInt | None = None
+
+
+class LadderConfig(Strict):
+    """Pages, window and ladder. Sizes are in tokens."""
+
+    page_size: PositiveInt = 64
+    window: PositiveInt = 64
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    block_pages: PositiveInt = 32
+    allow_growth: bool = False
+    order: tuple[str, ...]
+    stages: dict[str, StageConfig]
+
+    @model_validator(mode="after")
+    def _order_names_stages(self) -> LadderConfig:
+        if not self.order:
+            raise ValueError(f"order names no stage; allowed: {', '.join(self.stages)}")
+        for name in self.order:
+            if name not in self.stages:
+                raise ValueError(f"order names '{name}', which is no stage; allowed: {', '.join(self.stages)}")
+        if len(set(self.order)) < len(self.order):
+            raise ValueError(f"order names a stage twice: {', '.join(self.order)}")
+        for name in self.order:
+            capacity = self.stages[name].capacity
+            if capacity is not None and capacity < self.page_size:
+                raise ValueError(f"stages.{name}.capacity {capacity} is below a page; allowed: {self.page_size} tokens or more")
+        return self
+
+
+class PolicyChoice(OpenOptions):
+    """A policy by name, with its options beside it."""
+
+    policy: str
+
+
+class CacheConfig(Strict):
+    """Everything that makes an ARGUS cache."""
+
+    tiers: LadderConfig
+    aging: PolicyChoice
+    outliers: PolicyChoice
+    anchors: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    backend: str = "auto"
+
+
+class ModelConfig(Strict):
+    """A model: ``embedded`` (a small one that pip installs) or ``hf`` with its ``id`` or folder."""
+
+    name: Literal["embedded", "hf"]
+    id: str | None = None
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _hf_needs_id(self) -> ModelConfig:
+        if self.name == "hf" and not self.id:
+            raise ValueError("model=hf needs model.id=..., a name on the hub or a folder")
+        return self
+
+
+class TaskChoice(OpenOptions):
+    """A task by name, with its options beside it."""
+
+    name: str
+
+
+class RunConfig(CacheConfig):
+    """A run: a cache, a model, a task, and the caches to compare."""
+
+    model: ModelConfig
+    task: TaskChoice
+    caches: tuple[str, ...] = ("fp16", "argus")
+    seed: int = 0
+
+    def cache(self) -> CacheConfig:
+        """The part that makes the cache."""
+        return CacheConfig(**{name: getattr(self, name) for name in CacheConfig.model_fields})
+
+
+def validate(kind: type[Model], data: Mapping[str, Any], where: str = "") -> Model:
+    """Validate plain `data`; every fault in one line that names it.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(kind, fault, where) for fault in error.errors())) from error
+
+
+def _line(kind: type[BaseModel], fault: Mapping[str, Any], where: str) -> str:
+    path = ".".join(str(part) for part in (*([where] if where else []), *fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+        message = f"is not an option; allowed: {', '.join(kind.model_fields) or 'none'}"
+    return f"{path}: {message}" if path else message
+
+
+def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain data of ``conf/config.yaml`` with Hydra `overrides` (``"tiers=int4"``, ``"anchors.sinks.tokens=8"``).
+
+    Raises
+    ------
+    ConfigError
+        If an override names a group, an option or a key that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("argus.conf", version_base="1.3"):
+            composed = hydra_compose("config", overrides=list(overrides))
+        return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def load_cache_config(choice: str | CacheConfig | Sequence[str] | None = None) -> CacheConfig:
+    """A cache's config from a ladder's name, from Hydra overrides, or as it is."""
+    if isinstance(choice, CacheConfig):
+        return choice
+    overrides = [f"tiers={choice}"] if isinstance(choice, str) else list(choice or ())
+    data = compose(overrides)
+    return validate(CacheConfig, {name: data[name] for name in CacheConfig.model_fields if name in data})

@@ -1,0 +1,376 @@
+"""The engine: one layer's cache. Write, age, attend, crop, select; it knows stages by their place, never by name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argus.attention import DENSE_BUDGET, Partial, Query, answer, merge, sink_logits
+from argus.backends.base import Backend, Segment
+from argus.errors import ArgusError
+from argus.exact import EMPTY, ExactNumbers, ExactTokens, OutlierPatch
+from argus.pages import Pool, Slab, Window
+from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts
+from argus.tiers.base import ROLES, Role, Tier, gate
+
+EXACT = "exact"
+"""The name under which a page's exact-token marks ``[n, B, H, P]`` travel with its codes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A tier's place in a ladder: which tier keeps keys, which keeps values, and how many pages it may hold."""
+
+    facts: StageFacts
+    keys: Tier
+    values: Tier
+
+    def tier(self, role: Role) -> Tier:
+        """The tier of `role`."""
+        return self.keys if role == "keys" else self.values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is chosen once, at build.
+
+    Attributes
+    ----------
+    page_size : int
+        Tokens a page.
+    window : int
+        Newest tokens that are always exact.
+    dtype : torch.dtype
+        Of everything kept exact.
+    block_pages : int
+        Pages handled at once: the bound on every workspace.
+    stages : tuple of Stage
+        The ladder, in order.
+    """
+
+    page_size: int
+    window: int
+    dtype: torch.dtype
+    block_pages: int
+    stages: tuple[Stage, ...]
+    aging: Aging
+    anchors: tuple[Anchors, ...]
+    outliers: Outliers
+    backend: Backend
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        return self
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is known of the text when pages are born.
+
+    Attributes
+    ----------
+    tokens : Tensor or None
+        ``[B, L]`` token ids from position 0.
+    padding : Tensor or None
+        ``[B]`` tokens of padding on the left.
+    """
+
+    tokens: Tensor | None = None
+    padding: Tensor | None = None
+
+
+class LayerCache:
+    """The cache of one attention layer.
+
+    Attributes
+    ----------
+    plan : Plan
+    window : Window
+        The newest tokens.
+    pools : list of Pool
+        One a stage.
+    where : list of int
+        The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on.
+    exact : ExactTokens
+    outliers : dict of str to ExactNumbers
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        plan = self.plan
+        self.window = Window(plan.window + plan.page_size, plan.dtype)
+        self.pools = [Pool(plan.block_pages) for _ in plan.stages]
+        self.where: list[int] = []
+        self.exact = ExactTokens(plan.dtype)
+        self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
+        self._segments: list[Segment] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return len(self.where) * self.plan.page_size + len(self.window)
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Take the next tokens, ``[B, H, S, D]``, exact."""
+        self.window.append(keys, values)
+
+    def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
+        """Answer queries over all that is held.
+
+        Parameters
+        ----------
+        query : Query
+        sinks : Tensor or None
+            ``[Hq]`` logits of learned attention sinks.
+
+        Returns
+        -------
+        Tensor
+            ``[B, H, R, D]`` float32.
+        """
+        batch, heads, _, _ = query.rows.shape
+        widest = max(len(self.window), min(len(self.where), self.plan.block_pages) * self.plan.page_size, 1)
+        steps = max(1, DENSE_BUDGET // (batch * heads * query.groups * widest))
+        if steps >= query.length:
+            return self._attend(query, sinks).out
+        outs = []
+        for begin in range(0, query.length, steps):
+            part = query.part(begin, min(begin + steps, query.length))
+            outs.append(self._attend(part, sinks).out.unflatten(2, (query.groups, -1)))
+        return torch.cat(outs, 3).flatten(2, 3)
+
+    def _attend(self, query: Query, sinks: Tensor | None) -> Partial:
+        parts = [self.plan.backend.attend(query, segment) for segment in self.segments()]
+        if self.exact.keys is not None and self.exact.values is not None and self.exact.positions is not None:
+            parts.append(answer(query, self.exact.keys, self.exact.values, self._visible_exact(query, self.exact.positions)))
+        for keys, values, start in self.window.parts():
+            last = start + keys.shape[2] - 1
+            positions = torch.arange(start, last + 1, device=keys.device)
+            parts.append(answer(query, keys, values, query.visible(positions, last)))
+        if sinks is not None:
+            parts.append(sink_logits(query, sinks))
+        return merge(parts)
+
+    def _visible_exact(self, query: Query, positions: Tensor) -> Tensor | None:
+        visible = query.visible(positions.long(), len(self.where) * self.plan.page_size - 1)
+        if not self.exact.holes:
+            return visible
+        held = (positions != EMPTY).unsqueeze(-2)
+        if visible is None:
+            return held
+        if visible.dtype == torch.bool:
+            return visible & held
+        return torch.where(held, visible, torch.finfo(visible.dtype).min)
+
+    def segments(self) -> list[Segment]:
+        """The pages of every stage, in bounded blocks."""
+        if self._segments is None:
+            self._segments = [
+                self._segment(stage, slab, pages)
+                for stage, pool in zip(self.plan.stages, self.pools, strict=True)
+                for slab, pages in pool.blocks()
+            ]
+        return self._segments
+
+    def _segment(self, stage: Stage, slab: Slab, pages: list[int]) -> Segment:
+        size = self.plan.page_size
+        payloads = {role: payload_of(slab, role) for role in ROLES}
+        held = any(numbers.counts is not None for numbers in self.outliers.values())
+        some = next(iter(slab.values()))
+        return Segment(
+            key_tier=stage.keys,
+            value_tier=stage.values,
+            keys=payloads["keys"],
+            values=payloads["values"],
+            positions=torch.tensor(pages, device=some.device) * size,
+            last=(max(pages) + 1) * size - 1,
+            exact=slab.get(EXACT),
+            patch=OutlierPatch(self.outliers, pages) if held else None,
+        )
+
+    def age(self, text: Text | None = None) -> None:
+        """Let full pages leave the window and every page move to the stage that the aging policy gives it.
+
+        Raises
+        ------
+        RangeError
+            If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
+        """
+        born = max(0, len(self.window) - self.plan.window) // self.plan.page_size
+        if not born:
+            self.window.settle()
+            return
+        facts = [StageFacts(stage.facts.name, stage.facts.capacity) for stage in self.plan.stages]
+        total = len(self.where) + born
+        stages = [*self.where, *[None] * born]
+        targets = self.plan.aging.targets([PageFacts(total - 1 - i, stage) for i, stage in enumerate(stages)], facts)
+        check_targets(stages, targets, len(facts))
+        self._segments = None
+        moved = len(self.where)
+        self._move(targets[:moved])
+        for begin in range(moved, total, self.plan.block_pages):
+            self._bear(targets[begin : min(begin + self.plan.block_pages, total)], text or Text())
+        self.window.settle()
+        for pool in self.pools:
+            pool.trim()
+
+    def _move(self, targets: Sequence[int]) -> None:
+        """Encode held pages for the stages they go to, from what their present stage keeps."""
+        routes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for page, (source, target) in enumerate(zip(self.where, targets, strict=True)):
+            if source != target:
+                routes[source, target].append(page)
+        for (source, target), pages in sorted(routes.items(), reverse=True):
+            for begin in range(0, len(pages), self.plan.block_pages):
+                block = pages[begin : begin + self.plan.block_pages]
+                slab = self.pools[source].take(block)
+                self.pools[source].remove(block)
+                payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
+                for role in ROLES:
+                    decoded = self.plan.stages[source].tier(role).decode(payload_of(slab, role), role)
+                    payload |= self._encode(target, decoded, role)
+                self.pools[target].add(payload, block)
+                for page in block:
+                    self.where[page] = target
+
+    def _bear(self, targets: Sequence[int], text: Text) -> None:
+        """Encode the oldest pages of the window, each straight for its stage."""
+        size, n = self.plan.page_size, len(targets)
+        start = self.window.start
+        pages = [gate(to_pages(x, size)) for x in self.window.first(n * size)]
+        kept = self._choose_tokens(pages[0], pages[1], start, text)
+        if kept is not None:
+            self.exact.add(pages[0], pages[1], start, kept)
+        rests = {}
+        for role, x in zip(ROLES, pages, strict=True):
+            chosen = self.plan.outliers.choose(x, role)
+            if chosen is not None:
+                if kept is not None:
+                    chosen &= ~kept.unsqueeze(-1)
+                self.outliers[role].add(x, chosen)
+            rests[role] = smooth(x, kept, chosen)
+        for target in sorted(set(targets)):
+            rows = [i for i, t in enumerate(targets) if t == target]
+            payload: Slab = {} if kept is None else {EXACT: kept[rows]}
+            for role in ROLES:
+                payload |= self._encode(target, rests[role][rows] if len(rows) < n else rests[role], role)
+            self.pools[target].add(payload, [len(self.where) + i for i in rows])
+        self.where += targets
+        self.window.drop(n * size)
+
+    def _encode(self, target: int, x: Tensor, role: Role) -> Slab:
+        payload = self.plan.stages[target].tier(role).encode(x, role)
+        return {f"{role}.{name}": tensor for name, tensor in payload.items()}
+
+    def _choose_tokens(self, keys: Tensor, values: Tensor, start: int, text: Text) -> Tensor | None:
+        """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
+        if not self.plan.anchors:
+            return None
+        n, batch, heads, size, _ = keys.shape
+        taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
+        padding = text.padding if text.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
+        tokens = None if text.tokens is None else text.tokens[:, start:]
+        positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
+        for policy in self.plan.anchors:
+            taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken))
+        return taken
+
+    def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, n * P, D]`` float32 of consecutive pages, as attention sees them."""
+        outs: dict[str, list[Tensor]] = {role: [] for role in ROLES}
+        for page in pages:
+            stage = self.where[page]
+            slab = self.pools[stage].take([page])
+            for role in ROLES:
+                decoded = self.plan.stages[stage].tier(role).decode(payload_of(slab, role), role)
+                outs[role].append(self.outliers[role].write(decoded.contiguous(), [page])[0])
+        keys, values = (torch.cat(outs[role], 2) for role in ROLES)
+        self.exact.write(keys, values, pages[0] * self.plan.page_size)
+        return keys, values
+
+    def crop(self, length: int) -> None:
+        """Forget every token from position `length` on; a page that is cut comes back to the window as it reads."""
+        if not 0 <= length <= self.length:
+            raise ArgusError(f"crop to {length} tokens: allowed is 0 to {self.length}, the tokens held")
+        if length == 0:
+            self.reset()
+            return
+        size = self.plan.page_size
+        whole, rest = divmod(length, size)
+        if length >= len(self.where) * size:
+            self.window.crop(self.length - length)
+            return
+        back = self.read([whole]) if rest else None
+        gone = list(range(whole, len(self.where)))
+        for stage, pool in enumerate(self.pools):
+            pool.remove([page for page in gone if self.where[page] == stage])
+            pool.trim()
+        del self.where[whole:]
+        self.exact.crop(whole * size)
+        for numbers in self.outliers.values():
+            numbers.crop(whole)
+        self.window.reset(whole * size)
+        if back is not None:
+            self.window.append(back[0][:, :, :rest], back[1][:, :, :rest])
+            self.window.settle()
+        self._segments = None
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by `rows` of it (int64 ``[B']``): reorder, repeat, or keep some."""
+        for pool in self.pools:
+            pool.select(rows)
+        self.window.map(lambda tensor: tensor.index_select(0, rows))
+        self.exact.select(rows)
+        for numbers in self.outliers.values():
+            numbers.select(rows)
+        self._segments = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor held, each with what it is for: ``stage.<place>``, ``exact``, ``outliers`` or ``window``."""
+        for place, pool in enumerate(self.pools):
+            for slab in pool.slabs:
+                for tensor in slab.values():
+                    yield f"stage.{place}", tensor
+        for tensor in self.exact.tensors():
+            yield "exact", tensor
+        for numbers in self.outliers.values():
+            for tensor in numbers.tensors():
+                yield "outliers", tensor
+        for tensor in self.window.tensors():
+            yield "window", tensor
+
+
+def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int) -> None:
+    """Raise :class:`ArgusError` if an aging policy's answer is no stage or would move a page back."""
+    for page, (stage, target) in enumerate(zip(stages, targets, strict=True)):
+        if not (stage or 0) <= target < count:
+            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {stage or 0} to {count - 1}")
+
+
+def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:
+    """What a tier keeps of `role`, out of all that is kept of the pages."""
+    return {name.removeprefix(f"{role}."): tensor for name, tensor in slab.items() if name.startswith(f"{role}.")}
+
+
+def to_pages(x: Tensor, size: int) -> Tensor:
+    """``[B, H, n * P, D]`` as ``[n, B, H, P, D]``."""
+    return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
+
+
+def smooth(x: Tensor, kept: Tensor | None, chosen: Tensor | None) -> Tensor:
+    """Pages with all that is kept exact replaced by the channel's mean over the rest, so that it widens no range."""
+    if kept is None and chosen is None:
+        return x.contiguous()
+    apart = torch.zeros_like(x, dtype=torch.bool) if kept is None else kept.unsqueeze(-1).expand_as(x)
+    if chosen is not None:
+        apart = apart | chosen
+    rest = x.masked_fill(apart, 0.0)
+    count = (~apart).sum(-2, keepdim=True).clamp_min(1)
+    return torch.where(apart, rest.sum(-2, keepdim=True) / count, rest)

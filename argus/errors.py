@@ -1,0 +1,21 @@
+"""The errors that ARGUS raises, each one clear line."""
+
+
+class ArgusError(Exception):
+    """Base of every error that ARGUS raises on purpose."""
+
+
+class ConfigError(ArgusError):
+    """A configuration names something that does not exist or does not fit."""
+
+
+class PluginError(ArgusError):
+    """A plugin is broken, or two plugins claim one name."""
+
+
+class ModelError(ArgusError):
+    """A model is missing, or cannot work with handles to its cache."""
+
+
+class RangeError(ArgusError):
+    """Keys or values hold NaN, infinity, or numbers beyond FP16's range."""

@@ -1,0 +1,189 @@
+"""What stays exact for good: tokens that anchors chose, numbers that outliers chose. Neither moves when codes do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from argus.backends.base import Patch
+
+EMPTY = -1
+"""Position of a place that holds no token: heads and rows may keep different numbers of tokens."""
+
+
+class ExactTokens:
+    """Tokens kept exact, for each batch row and head its own.
+
+    Attributes
+    ----------
+    keys, values : Tensor or None
+        ``[B, H, T, D]`` in the cache's exact dtype.
+    positions : Tensor or None
+        ``[B, H, T]`` int32, in tokens; :data:`EMPTY` where a row and head keeps fewer than ``T``.
+    holes : bool
+        Whether any place is empty.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.holes = False
+
+    def add(self, keys: Tensor, values: Tensor, start: int, kept: Tensor) -> None:
+        """Keep the tokens of pages that `kept` marks.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            ``[n, B, H, P, D]``.
+        start : int
+            Position of the first token.
+        kept : Tensor
+            ``[n, B, H, P]`` bool.
+        """
+        flat = kept.permute(1, 2, 0, 3).flatten(2)
+        counts = flat.sum(-1)
+        width = int(counts.amax())
+        if width == 0:
+            return
+        order = torch.argsort(flat.to(torch.uint8), dim=-1, descending=True, stable=True)[..., :width]
+        empty = torch.arange(width, device=kept.device) >= counts.unsqueeze(-1)
+        positions = (order + start).to(torch.int32).masked_fill(empty, EMPTY)
+        chosen = [
+            x.permute(1, 2, 0, 3, 4).flatten(2, 3).gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])).to(self.dtype)
+            for x in (keys, values)
+        ]
+        if self.keys is None or self.values is None or self.positions is None:
+            self.keys, self.values, self.positions = chosen[0], chosen[1], positions
+        else:
+            self.keys = torch.cat([self.keys, chosen[0]], 2)
+            self.values = torch.cat([self.values, chosen[1]], 2)
+            self.positions = torch.cat([self.positions, positions], 2)
+        self.holes = self.holes or bool(empty.any())
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from position `length` on."""
+        if self.positions is None or self.keys is None or self.values is None:
+            return
+        positions = self.positions.masked_fill(self.positions >= length, EMPTY)
+        used = (positions != EMPTY).flatten(0, 1).any(0)
+        if not bool(used.any()):
+            self.keys = self.values = self.positions = None
+            self.holes = False
+            return
+        self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
+        self.positions = positions[:, :, used]
+        self.holes = bool((self.positions == EMPTY).any())
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by `rows` of it."""
+        if self.positions is not None and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self.positions = self.positions.index_select(0, rows)
+
+    def write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write the tokens kept into dense ``[B, H, T, D]`` keys and values of positions `start` on, in place."""
+        if self.positions is None or self.keys is None or self.values is None:
+            return
+        end = start + keys.shape[2]
+        batch, head, place = ((self.positions >= start) & (self.positions < end)).nonzero(as_tuple=True)
+        token = self.positions[batch, head, place].long() - start
+        keys[batch, head, token] = self.keys[batch, head, place].to(keys.dtype)
+        values[batch, head, token] = self.values[batch, head, place].to(values.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [x for x in (self.keys, self.values, self.positions) if x is not None]
+
+
+class ExactNumbers:
+    """Outliers of one role: exact numbers of pages, row after row.
+
+    A row is one page, batch row and head. Numbers of a row are kept together, rows in the order of (page, batch, head).
+
+    Attributes
+    ----------
+    counts : Tensor
+        ``[pages, B, H]`` int32, numbers a row.
+    places : Tensor
+        int16 (int32 for pages of more than 32768 numbers), ``[N]``: index in a row's ``P * D`` numbers.
+    numbers : Tensor
+        ``[N]`` in the cache's exact dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.counts: Tensor | None = None
+        self.places: Tensor | None = None
+        self.numbers: Tensor | None = None
+
+    def add(self, pages: Tensor, chosen: Tensor) -> None:
+        """Keep the numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the next ``n`` pages."""
+        flat = chosen.flatten(-2)
+        index = torch.int16 if flat.shape[-1] <= 1 << 15 else torch.int32
+        counts = flat.sum(-1, dtype=torch.int32)
+        places = flat.nonzero()[:, -1].to(index)
+        numbers = pages.flatten(-2)[flat].to(self.dtype)
+        if self.counts is None or self.places is None or self.numbers is None:
+            self.counts, self.places, self.numbers = counts, places, numbers
+        else:
+            self.counts = torch.cat([self.counts, counts])
+            self.places = torch.cat([self.places, places])
+            self.numbers = torch.cat([self.numbers, numbers])
+
+    def crop(self, pages: int) -> None:
+        """Keep the first `pages` pages only."""
+        if self.counts is None or self.places is None or self.numbers is None:
+            return
+        self.counts = self.counts[:pages].clone()
+        kept = int(self.counts.sum())
+        self.places, self.numbers = self.places[:kept].clone(), self.numbers[:kept].clone()
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into the numbers of `rows`, one row after another, and which of `rows` each belongs to."""
+        counts = self.counts.flatten().long() if self.counts is not None else rows
+        starts = counts.cumsum(0) - counts
+        wanted = counts[rows]
+        owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), wanted)
+        first = wanted.cumsum(0) - wanted
+        return starts[rows][owner] + torch.arange(len(owner), device=rows.device) - first[owner], owner
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by `rows` of it."""
+        if self.counts is None or self.places is None or self.numbers is None:
+            return
+        numbering = torch.arange(self.counts.numel(), device=rows.device).view(self.counts.shape)
+        index, _ = self._rows(numbering.index_select(1, rows).flatten())
+        self.places, self.numbers = self.places[index], self.numbers[index]
+        self.counts = self.counts.index_select(1, rows)
+
+    def write(self, decoded: Tensor, pages: Sequence[int]) -> Tensor:
+        """Write the numbers kept of `pages` into them, decoded, ``[n, B, H, P, D]``, in place."""
+        if self.counts is None or self.places is None or self.numbers is None:
+            return decoded
+        _, batch, heads = self.counts.shape
+        wanted = torch.tensor(pages, device=decoded.device)
+        rows = (wanted.unsqueeze(-1) * batch * heads + torch.arange(batch * heads, device=decoded.device)).flatten()
+        index, owner = self._rows(rows)
+        size = decoded.shape[-1] * decoded.shape[-2]
+        decoded.view(-1)[owner * size + self.places[index].long()] = self.numbers[index].to(decoded.dtype)
+        return decoded
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [x for x in (self.counts, self.places, self.numbers) if x is not None]
+
+
+class OutlierPatch(Patch):
+    """The outliers of one block of pages."""
+
+    def __init__(self, numbers: dict[str, ExactNumbers], pages: Sequence[int]) -> None:
+        self.numbers = numbers
+        self.pages = pages
+
+    def __call__(self, role: str, pages: Tensor) -> Tensor:
+        return self.numbers[role].write(pages.contiguous(), self.pages)

@@ -1,0 +1,217 @@
+"""Storage of one layer: pools of equal pages, and the exact window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Slab = dict[str, Tensor]
+"""Named tensors, each ``[capacity, B, ...]``, of up to ``slab_pages`` pages."""
+
+
+class Pool:
+    """Pages of one payload structure, dense in slabs of bounded size.
+
+    A full slab is never copied again, an emptied one is freed, and a hole is filled with the pool's last page: the pages
+    held are always the first ``len(pages)`` slots, so a slab is a block that needs no gathering.
+
+    Attributes
+    ----------
+    slab_pages : int
+        Pages a slab holds at most.
+    slabs : list of dict of str to Tensor
+        All but the last are full.
+    pages : list of int
+        The page in each slot.
+    """
+
+    def __init__(self, slab_pages: int) -> None:
+        self.slab_pages = slab_pages
+        self.slabs: list[Slab] = []
+        self.pages: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def add(self, payload: Slab, pages: Sequence[int]) -> None:
+        """Keep `payload` (tensors ``[len(pages), B, ...]``) for `pages`."""
+        done = 0
+        while done < len(pages):
+            used = len(self.pages) % self.slab_pages
+            take = min(len(pages) - done, self.slab_pages - used)
+            index = len(self.pages) // self.slab_pages
+            part = {name: tensor[done : done + take] for name, tensor in payload.items()}
+            if index == len(self.slabs):
+                self.slabs.append({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in part.items()})
+            else:
+                self._append(self.slabs[index], part, used)
+            self.pages += pages[done : done + take]
+            done += take
+
+    @staticmethod
+    def _append(slab: Slab, part: Slab, used: int) -> None:
+        for name, tensor in part.items():
+            kept = slab[name]
+            if kept.shape[0] < used + tensor.shape[0]:
+                slab[name] = torch.cat([kept[:used], tensor])
+            else:
+                kept[used : used + tensor.shape[0]] = tensor
+
+    def take(self, pages: Sequence[int]) -> Slab:
+        """Copies of the payloads of `pages`, in their order."""
+        slots = [self.pages.index(page) for page in pages]
+        rows = [{name: tensor[i % self.slab_pages] for name, tensor in self.slabs[i // self.slab_pages].items()} for i in slots]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def remove(self, pages: Sequence[int]) -> None:
+        """Forget `pages`; call :meth:`trim` to give back their memory."""
+        for page in pages:
+            slot, last = self.pages.index(page), len(self.pages) - 1
+            if slot != last:
+                source = self.slabs[last // self.slab_pages]
+                target = self.slabs[slot // self.slab_pages]
+                for name, tensor in target.items():
+                    tensor[slot % self.slab_pages] = source[name][last % self.slab_pages]
+                self.pages[slot] = self.pages[last]
+            self.pages.pop()
+
+    def trim(self) -> None:
+        """Give back memory that no page uses."""
+        full, rest = divmod(len(self.pages), self.slab_pages)
+        del self.slabs[full + (rest > 0) :]
+        if rest:
+            slab = self.slabs[-1]
+            for name, tensor in slab.items():
+                if tensor.shape[0] > rest:
+                    slab[name] = tensor[:rest].clone()
+
+    def blocks(self) -> Iterator[tuple[Slab, list[int]]]:
+        """Each slab's used part and its pages."""
+        for index, slab in enumerate(self.slabs):
+            pages = self.pages[index * self.slab_pages : (index + 1) * self.slab_pages]
+            if pages:
+                yield {name: tensor[: len(pages)] for name, tensor in slab.items()}, pages
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by `rows` of it."""
+        for slab in self.slabs:
+            for name, tensor in slab.items():
+                slab[name] = tensor.index_select(1, rows)
+
+
+class Window:
+    """The newest tokens, exact, in order.
+
+    A buffer of ``capacity`` tokens takes what is written; a longer write is held as it came until :meth:`settle`.
+
+    Attributes
+    ----------
+    start : int
+        Position of the first token held.
+    """
+
+    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        self.dtype = dtype
+        self.start = 0
+        self.used = 0
+        self.buffer: tuple[Tensor, Tensor] | None = None
+        self.fresh: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.used + (self.fresh[0].shape[2] if self.fresh else 0)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write tokens ``[B, H, S, D]``."""
+        steps = keys.shape[2]
+        if self.fresh is not None:
+            self.fresh = (torch.cat([self.fresh[0], keys], 2), torch.cat([self.fresh[1], values], 2))
+        elif self.used + steps > self.capacity or self.buffer is None:
+            self.fresh = (keys, values)
+        else:
+            for kept, new in zip(self.buffer, (keys, values), strict=True):
+                kept[:, :, self.used : self.used + steps] = new
+            self.used += steps
+
+    def parts(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Keys, values and the position of their first token, oldest first."""
+        held = []
+        if self.buffer is not None and self.used:
+            held.append((self.buffer[0][:, :, : self.used], self.buffer[1][:, :, : self.used], self.start))
+        if self.fresh is not None:
+            held.append((*self.fresh, self.start + self.used))
+        return held
+
+    def first(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, tokens, D]`` of the oldest tokens."""
+        parts = self.parts()
+        if parts[0][0].shape[2] >= tokens:
+            return parts[0][0][:, :, :tokens], parts[0][1][:, :, :tokens]
+        wide = parts[1][0].dtype
+        keys, values = (torch.cat([part[i].to(wide) for part in parts], 2)[:, :, :tokens] for i in (0, 1))
+        return keys, values
+
+    def drop(self, tokens: int) -> None:
+        """Forget the oldest tokens."""
+        self._keep(self.parts(), tokens, len(self))
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens."""
+        self._keep(self.parts(), 0, len(self) - tokens)
+
+    def reset(self, start: int) -> None:
+        """Hold nothing; the next token has position `start`."""
+        self.start, self.used = start, 0
+        self.buffer = self.fresh = None
+
+    def _keep(self, parts: list[tuple[Tensor, Tensor, int]], begin: int, end: int) -> None:
+        """Hold tokens `begin` to `end` of `parts`, as a view where they fit no buffer."""
+        kept = []
+        offset = 0
+        for keys, values, _ in parts:
+            low, high = max(begin - offset, 0), min(end - offset, keys.shape[2])
+            if low < high:
+                kept.append((keys[:, :, low:high], values[:, :, low:high]))
+            offset += keys.shape[2]
+        self.start += begin
+        if not kept:
+            self.used, self.fresh = 0, None
+            return
+        if begin == 0 and len(kept) == 1 and self.used and self.fresh is None:
+            self.used = end
+            return
+        wide = kept[-1][0].dtype
+        keys, values = (torch.cat([part[i].to(wide) for part in kept], 2) if len(kept) > 1 else kept[0][i] for i in (0, 1))
+        self.used, self.fresh = 0, (keys, values)
+
+    def settle(self) -> None:
+        """Move what was held as it came into a buffer of the window's capacity, in the window's dtype."""
+        if self.fresh is None:
+            return
+        tokens = len(self)
+        batch, heads, _, dim = self.fresh[0].shape
+        size = max(self.capacity, tokens)
+        parts = self.parts()
+        buffers = []
+        for i in (0, 1):
+            buffer = torch.empty(batch, heads, size, parts[0][i].shape[-1], dtype=self.dtype, device=self.fresh[i].device)
+            filled = 0
+            for part in parts:
+                steps = part[i].shape[2]
+                buffer[:, :, filled : filled + steps] = part[i]
+                filled += steps
+            buffers.append(buffer)
+        self.buffer, self.fresh, self.used = (buffers[0], buffers[1]), None, tokens
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor held."""
+        if self.buffer is not None:
+            self.buffer = (change(self.buffer[0]), change(self.buffer[1]))
+        if self.fresh is not None:
+            self.fresh = (change(self.fresh[0]), change(self.fresh[1]))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [*(self.buffer or ()), *(self.fresh or ())]

@@ -1,0 +1,90 @@
+"""Plugins: the built-in ones, those of installed packages (entry-point group ``argus``), and name to class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+import pluggy
+
+from argus import hookspecs
+from argus.errors import ConfigError, PluginError
+
+BUILTIN = (
+    "argus.tiers.fp16",
+    "argus.tiers.fp8",
+    "argus.tiers.int8",
+    "argus.tiers.int4",
+    "argus.tiers.int2",
+    "argus.tiers.integer",
+    "argus.tiers.sign",
+    "argus.tiers.jl",
+    "argus.policies.aging",
+    "argus.policies.anchors",
+    "argus.policies.outliers",
+    "argus.backends.cpu",
+)
+COMMANDS = (
+    "argus.caches",
+    "argus.tasks.overview",
+    "argus.tasks.passkey",
+    "argus.tasks.perplexity",
+    "argus.tasks.fidelity",
+    "argus.tasks.generate",
+    "argus.report",
+)
+"""Plugins that only the command line needs: they may import transformers."""
+
+
+def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginManager:
+    """A plugin manager with the built-in plugins, those of installed packages, and `extra` plugin objects.
+
+    Raises
+    ------
+    PluginError
+        If a plugin cannot be imported or implements a hook that does not exist.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in (*BUILTIN, *(COMMANDS if commands else ())):
+        manager.register(import_module(name), name)
+    try:
+        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+    except Exception as error:
+        raise PluginError(f"a plugin of entry-point group '{hookspecs.PROJECT}' does not load: {error}") from error
+    for plugin in extra:
+        manager.register(plugin)
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        hooks = sorted(name for name in vars(manager.hook) if name.startswith("argus_"))
+        raise PluginError(f"{error}; hooks are {', '.join(hooks)}") from error
+    return manager
+
+
+def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
+    """Name to class of one hook, from all plugins.
+
+    Raises
+    ------
+    PluginError
+        If two plugins claim one name; the message names both.
+    """
+    found: dict[str, type] = {}
+    owner: dict[str, str] = {}
+    caller = getattr(manager.hook, hook)
+    for implementation in reversed(caller.get_hookimpls()):
+        for name, kind in implementation.function().items():
+            if name in found:
+                raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {implementation.plugin_name}")
+            found[name], owner[name] = kind, implementation.plugin_name
+    return MappingProxyType(found)
+
+
+def pick(what: str, name: str, known: Mapping[str, type]) -> Any:
+    """The class called `name`, or a :class:`ConfigError` that lists the known names."""
+    if name not in known:
+        raise ConfigError(f"{what} '{name}' is not known; allowed: {', '.join(sorted(known))}")
+    return known[name]

@@ -1,0 +1,111 @@
+"""Anchor policies: attention sinks, ends of lines, and tokens unlike the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from argus.errors import ConfigError
+from argus.hookspecs import hookimpl
+from argus.policies.base import Anchors, NewPages, PolicyConfig, TextFacts
+
+
+class SinksConfig(PolicyConfig):
+    """Options of sinks: how many of the first tokens stay exact."""
+
+    tokens: NonNegativeInt = 4
+
+
+class Sinks(Anchors):
+    """The first tokens of each row, padding left out (StreamingLLM, arXiv:2309.17453)."""
+
+    Config = SinksConfig
+
+    def choose(self, pages: NewPages) -> Tensor:
+        rank = pages.positions[:, None, :] - pages.padding[None, :, None]
+        return ((rank >= 0) & (rank < self.config.tokens)).unsqueeze(2)
+
+
+class LinesConfig(PolicyConfig):
+    """Options of lines: how many tokens before and with each line's end, and the token ids that end one."""
+
+    tokens: PositiveInt = 2
+    ids: tuple[int, ...] | None = None
+
+
+class Lines(Anchors):
+    """The last tokens of each line, where rhymes stand."""
+
+    Config = LinesConfig
+    needs_tokens = True
+
+    def __init__(self, config: PolicyConfig, text: TextFacts) -> None:
+        super().__init__(config, text)
+        self.ids = self.config.ids if self.config.ids is not None else text.line_ends
+        if not self.ids:
+            raise ConfigError("anchors.lines: no token ids end a line; give anchors.lines.ids=[...] or a tokenizer")
+
+    def choose(self, pages: NewPages) -> Tensor:
+        n, batch, _, page, _ = pages.keys.shape
+        if pages.tokens is None:
+            return pages.taken.new_zeros(n, batch, 1, page)
+        ends = torch.isin(pages.tokens, torch.tensor(self.ids, device=pages.tokens.device))
+        kept = ends.clone()
+        for step in range(1, self.config.tokens):
+            kept[:, :-step] |= ends[:, step:]
+        return kept[:, : n * page].view(batch, n, 1, page).transpose(0, 1)
+
+
+class NoveltyConfig(PolicyConfig):
+    """Options of novelty.
+
+    ``share`` of the tokens is kept for each head; ``by`` values, keys, or both (half of the share each); ``scope``: the
+    share is filled within each page, or over all pages that leave the window together.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    by: Literal["keys", "values", "both"] = "values"
+    scope: Literal["page", "block"] = "block"
+
+
+class Novelty(Anchors):
+    """The tokens least like any other: retrieval at few bits lives on which tokens stay exact, not on the codec.
+
+    A token's score is its largest cosine with another token of the scope, of keys (less their mean) or of values; the
+    lowest scores are kept.
+    """
+
+    Config = NoveltyConfig
+
+    def choose(self, pages: NewPages) -> Tensor:
+        taken = self._scoped(pages.taken.unsqueeze(-1)).squeeze(-1)
+        kept = torch.zeros_like(taken)
+        sources = {"keys": [pages.keys], "values": [pages.values], "both": [pages.values, pages.keys]}[self.config.by]
+        count = max(1, round(self.config.share * taken.shape[-1] / len(sources)))
+        for source in sources:
+            likeness = nearest(self._scoped(source)).masked_fill(taken | kept, float("inf"))
+            kept.scatter_(-1, likeness.topk(count, largest=False).indices, True)
+        n, batch, heads, page = pages.taken.shape
+        if self.config.scope == "page":
+            return kept
+        return kept.view(batch, heads, n, page).permute(2, 0, 1, 3)
+
+    def _scoped(self, x: Tensor) -> Tensor:
+        """Pages as ``[..., T, D]`` with all tokens of one scope in ``T``."""
+        return x if self.config.scope == "page" else x.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def nearest(x: Tensor) -> Tensor:
+    """Each token's largest cosine with another: ``[..., T, D]`` to ``[..., T]``."""
+    unit = torch.nn.functional.normalize(x - x.mean(-2, keepdim=True), dim=-1)
+    cosine = unit @ unit.transpose(-1, -2)
+    cosine.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return cosine.amax(-1)
+
+
+@hookimpl
+def argus_anchors() -> dict[str, type[Anchors]]:
+    return {"sinks": Sinks, "lines": Lines, "novelty": Novelty}

@@ -1,0 +1,116 @@
+"""Policies: pure functions over what is known. They decide; only the engine moves anything."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class PolicyConfig(BaseModel):
+    """Options of a policy. Subclass it to add your own; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """What an aging policy knows of a page.
+
+    Attributes
+    ----------
+    age : int
+        Pages between it and the newest page, which has age 0.
+    stage : int or None
+        Its place in the ladder; None: the page has just left the window.
+    """
+
+    age: int
+    stage: int | None
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What an aging policy knows of a stage: its name and how many pages it may hold (None: any number)."""
+
+    name: str
+    capacity: int | None
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What is known of the text and its tokenizer: the token ids that end a line."""
+
+    line_ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewPages:
+    """Pages that have just left the window, exact still.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        ``[n, B, H, P, D]`` float32.
+    positions : Tensor
+        ``[n, P]`` int64 positions in tokens.
+    padding : Tensor
+        ``[B]`` int64, how many tokens of each row are padding on the left.
+    tokens : Tensor or None
+        ``[B, T]`` token ids from the first position on, ``T >= n * P`` as far as they are known; None: not known.
+    taken : Tensor
+        ``[n, B, H, P]`` bool, tokens that another policy keeps exact already.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    padding: Tensor
+    tokens: Tensor | None
+    taken: Tensor
+
+
+class Aging(ABC):
+    """Decides which stage each page belongs to."""
+
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config: Any = config
+
+    @abstractmethod
+    def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
+        """The stage of each page, oldest page first; never below the stage that it is in."""
+
+
+class Anchors(ABC):
+    """Chooses tokens that stay exact for good."""
+
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+    needs_tokens: ClassVar[bool] = False
+    """Whether token ids must be known."""
+
+    def __init__(self, config: PolicyConfig, text: TextFacts) -> None:
+        self.config: Any = config
+        self.text = text
+
+    @abstractmethod
+    def choose(self, pages: NewPages) -> Tensor:
+        """Tokens to keep exact, bool, broadcastable to ``[n, B, H, P]``."""
+
+
+class Outliers(ABC):
+    """Chooses numbers that stay exact for good."""
+
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config: Any = config
+
+    @abstractmethod
+    def choose(self, x: Tensor, role: str) -> Tensor | None:
+        """Numbers of pages ``[n, B, H, P, D]`` to keep exact, bool of that shape; None: none, ever."""

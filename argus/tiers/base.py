@@ -1,0 +1,148 @@
+"""A tier: a pair of pure functions between pages and what is kept of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from argus.backends.base import PLANES, Axis, Backend, Payload
+from argus.errors import ConfigError, RangeError
+
+Role = Literal["keys", "values"]
+ROLES: tuple[Role, Role] = ("keys", "values")
+
+LIMIT = 32752.0
+"""Half of the largest FP16 number: scales, zeros and means are kept in FP16, and a range spans twice its largest number."""
+
+
+class TierConfig(BaseModel):
+    """Options of a tier. Subclass it to add your own; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a tier may ask for.
+
+    Attributes
+    ----------
+    backend : Backend
+        Quantizing, packing, projecting.
+    dtype : torch.dtype
+        The dtype in which the cache keeps exact tokens.
+    tier : callable
+        ``tier("int4")`` or ``tier({"tier": "int4", "group_size": 16})`` builds another tier to store parts with.
+    """
+
+    backend: Backend
+    dtype: torch.dtype
+    tier: Callable[[str | Mapping[str, Any]], Tier]
+
+
+class Tier(ABC):
+    """One way to keep pages of keys or of values.
+
+    A tier knows nothing of the engine, of Hydra or of other tiers. It has no state beside its options: equal input
+    gives equal output.
+
+    Attributes
+    ----------
+    Config : type
+        The tier's options.
+    error : float
+        The largest relative error ``|decode(encode(x)) - x| / |x - mean|`` on normal numbers at default options,
+        with ``|.|`` the Euclidean norm over a page and the mean taken a channel.
+    """
+
+    Config: ClassVar[type[TierConfig]] = TierConfig
+    error: float = 0.0
+
+    def __init__(self, config: TierConfig, tools: Tools) -> None:
+        self.config: Any = config
+        self.tools = tools
+
+    @abstractmethod
+    def encode(self, x: Tensor, role: Role) -> Payload:
+        """Compress pages.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[n, B, H, P, D]`` float32 (pages, batch, key-value heads, tokens, head_dim), finite, within +-32752.
+        role : {"keys", "values"}
+
+        Returns
+        -------
+        dict of str to Tensor
+            Named tensors, each ``[n, B, ...]``.
+        """
+
+    @abstractmethod
+    def decode(self, payload: Payload, role: Role) -> Tensor:
+        """Pages ``[n, B, H, P, D]`` float32 from what :meth:`encode` returned; never touches `payload`."""
+
+    @abstractmethod
+    def bits(self, role: Role, page_size: int, head_dim: int) -> float:
+        """Bits a value that :meth:`encode` keeps, scales and all, for pages of `page_size` tokens."""
+
+    def check(self, role: Role, page_size: int, head_dim: int) -> None:
+        """Raise :class:`ConfigError` if pages of this shape cannot be kept; the default accepts all."""
+
+    def form(self, role: Role) -> object | None:
+        """A description of the codes that a backend may know how to read in place; None: decode them."""
+        return None
+
+    def shared(self) -> dict[str, Tensor]:
+        """Tensors that all pages share, counted once: projections, codebooks."""
+        return {}
+
+
+def gate(x: Tensor) -> Tensor:
+    """Let pages pass to a tier: float32, finite, within FP16's range.
+
+    Parameters
+    ----------
+    x : Tensor
+        Keys or values of any floating dtype.
+
+    Returns
+    -------
+    Tensor
+        float32.
+
+    Raises
+    ------
+    RangeError
+        If a number is NaN, infinite, or beyond 32752 in size.
+    """
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    if not largest <= LIMIT:
+        raise RangeError(f"keys or values reach {largest:g}; a tier keeps finite numbers up to {LIMIT:g}")
+    return x.to(torch.float32)
+
+
+def group_length(group: int | None, axis: Axis, page_size: int, head_dim: int) -> int:
+    """Numbers that share a scale; None: the whole axis of a page."""
+    return group or (page_size if axis == "channel" else head_dim)
+
+
+def check_group(kind: str, group: int | None, axis: Axis, page_size: int, head_dim: int) -> None:
+    """Raise :class:`ConfigError` unless `group` divides the axis that it runs along."""
+    length, name = (page_size, "page_size") if axis == "channel" else (head_dim, "head_dim")
+    if group is not None and length % group:
+        divisors = [d for d in range(1, length + 1) if length % d == 0]
+        raise ConfigError(f"{kind}: group_size {group} does not divide {name} {length}; allowed: {divisors}")
+
+
+def check_packing(kind: str, bits: int, head_dim: int) -> None:
+    """Raise :class:`ConfigError` unless codes of `bits` fill whole bytes along ``head_dim``."""
+    multiple = 8 // min(PLANES[bits])
+    if head_dim % multiple:
+        raise ConfigError(f"{kind}: head_dim {head_dim} does not pack into bytes; allowed: multiples of {multiple}")

@@ -1,0 +1,94 @@
+"""Johnson-Lindenstrauss archive: the token axis of a page projected to a few rows (Johnson and Lindenstrauss 1984)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from argus.backends.base import Payload
+from argus.errors import ConfigError
+from argus.hookspecs import hookimpl
+from argus.tiers.base import Role, Tier, TierConfig, Tools
+
+PREFIX = "coefficients."
+
+
+class JlConfig(TierConfig):
+    """Options of jl.
+
+    ``ratio`` tokens become one row of coefficients, which the tier ``coefficients`` keeps. ``unbiased`` multiplies what
+    is read by ``ratio``, so that products with it are right in the mean over projections, at more error in each.
+    """
+
+    ratio: PositiveInt = 4
+    coefficients: str | dict[str, Any] = "fp16"
+    unbiased: bool = False
+    seed: int = 0
+
+
+def projection(page_size: int, rows: int, seed: int) -> Tensor:
+    """``W [rows, page_size]`` float32 with ``W W^T = I``: QR of a seeded Gaussian matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(page_size, rows, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q.T.contiguous().float()
+
+
+class Jl(Tier):
+    """``x = mean + W^T c`` with ``c = W (x - mean)``: the page's mean is kept apart, or the archive is worse than nothing.
+
+    Payload: ``mean`` float16 ``[n, B, H, D]``; ``coefficients.*`` as the tier that keeps them names them, for pages of
+    ``P / ratio`` rows.
+    """
+
+    Config = JlConfig
+    error = 0.9
+
+    def __init__(self, config: TierConfig, tools: Tools) -> None:
+        super().__init__(config, tools)
+        self.inner = tools.tier(self.config.coefficients)
+        self.matrices: dict[str, Tensor] = {}
+
+    def matrix(self, page_size: int, x: Tensor) -> Tensor:
+        """The projection for pages of `page_size` tokens on the device of `x`, made once."""
+        key = f"projection.{page_size}.{x.device}"
+        if key not in self.matrices:
+            rows = page_size // self.config.ratio
+            self.matrices[key] = projection(page_size, rows, self.config.seed).to(x.device)
+        return self.matrices[key]
+
+    def encode(self, x: Tensor, role: Role) -> Payload:
+        mean = x.mean(-2).to(torch.float16)
+        rest = x - mean.float().unsqueeze(-2)
+        coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x))
+        kept = self.inner.encode(coefficients, role)
+        return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
+
+    def decode(self, payload: Payload, role: Role) -> Tensor:
+        kept = {name.removeprefix(PREFIX): tensor for name, tensor in payload.items() if name.startswith(PREFIX)}
+        coefficients = self.inner.decode(kept, role)
+        matrix = self.matrix(coefficients.shape[-2] * self.config.ratio, coefficients)
+        rest = self.tools.backend.project(coefficients, matrix.T)
+        if self.config.unbiased:
+            rest *= self.config.ratio
+        return rest.add_(payload["mean"].float().unsqueeze(-2))
+
+    def bits(self, role: Role, page_size: int, head_dim: int) -> float:
+        rows = page_size // self.config.ratio
+        return 16 / page_size + self.inner.bits(role, rows, head_dim) / self.config.ratio
+
+    def check(self, role: Role, page_size: int, head_dim: int) -> None:
+        if page_size % self.config.ratio:
+            divisors = [d for d in range(1, page_size + 1) if page_size % d == 0]
+            raise ConfigError(f"jl: ratio {self.config.ratio} does not divide page_size {page_size}; allowed: {divisors}")
+        self.inner.check(role, page_size // self.config.ratio, head_dim)
+
+    def shared(self) -> dict[str, Tensor]:
+        return {**self.matrices, **{PREFIX + name: tensor for name, tensor in self.inner.shared().items()}}
+
+
+@hookimpl
+def argus_tiers() -> dict[str, type[Tier]]:
+    return {"jl": Jl}
