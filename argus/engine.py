@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argus.attention import DENSE_BUDGET, Partial, Query, answer, merge, sink_logits
-from argus.backends.base import Backend, Segment
+from argus.attention import DENSE_BUDGET, Query
+from argus.backends.base import Backend, Dense, Segment
 from argus.errors import ArgusError
-from argus.exact import EMPTY, ExactNumbers, ExactTokens, OutlierPatch
+from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
 from argus.pages import Pool, Slab, Window
 from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts
 from argus.tiers.base import ROLES, Role, Tier, gate
@@ -138,36 +138,23 @@ class LayerCache:
         batch, heads, _, _ = query.rows.shape
         widest = max(len(self.window), min(len(self.where), self.plan.block_pages) * self.plan.page_size, 1)
         steps = max(1, DENSE_BUDGET // (batch * heads * query.groups * widest))
+        segments, dense = self.segments(), self.dense()
         if steps >= query.length:
-            return self._attend(query, sinks).out
+            return self.plan.backend.attend(query, segments, dense, sinks)
         outs = []
         for begin in range(0, query.length, steps):
             part = query.part(begin, min(begin + steps, query.length))
-            outs.append(self._attend(part, sinks).out.unflatten(2, (query.groups, -1)))
+            outs.append(self.plan.backend.attend(part, segments, dense, sinks).unflatten(2, (query.groups, -1)))
         return torch.cat(outs, 3).flatten(2, 3)
 
-    def _attend(self, query: Query, sinks: Tensor | None) -> Partial:
-        parts = [self.plan.backend.attend(query, segment) for segment in self.segments()]
-        if self.exact.keys is not None and self.exact.values is not None and self.exact.positions is not None:
-            parts.append(answer(query, self.exact.keys, self.exact.values, self._visible_exact(query, self.exact.positions)))
-        for keys, values, start in self.window.parts():
-            last = start + keys.shape[2] - 1
-            positions = torch.arange(start, last + 1, device=keys.device)
-            parts.append(answer(query, keys, values, query.visible(positions, last)))
-        if sinks is not None:
-            parts.append(sink_logits(query, sinks))
-        return merge(parts)
-
-    def _visible_exact(self, query: Query, positions: Tensor) -> Tensor | None:
-        visible = query.visible(positions.long(), len(self.where) * self.plan.page_size - 1)
-        if not self.exact.holes:
-            return visible
-        held = (positions != EMPTY).unsqueeze(-2)
-        if visible is None:
-            return held
-        if visible.dtype == torch.bool:
-            return visible & held
-        return torch.where(held, visible, torch.finfo(visible.dtype).min)
+    def dense(self) -> list[Dense]:
+        """The exact tokens: what anchors chose, and the window."""
+        parts = [Dense(keys, values, start, start + keys.shape[2] - 1) for keys, values, start in self.window.parts()]
+        exact = self.exact
+        if exact.keys is not None and exact.values is not None:
+            last = len(self.where) * self.plan.page_size - 1
+            parts.append(Dense(exact.keys, exact.values, 0, last, exact.positions, exact.holes))
+        return parts
 
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from argus.attention import Partial, Query
+from argus.attention import Query
 
 if TYPE_CHECKING:
     from argus.tiers.base import Tier
@@ -94,6 +95,32 @@ def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:
     return x.unflatten(dim, (-1, group or x.shape[dim])), dim
 
 
+@dataclass(frozen=True)
+class Dense:
+    """Tokens kept exact, as the backend sees them: the window, or what anchors chose.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        ``[B, H, T, D]`` of any floating dtype.
+    positions : Tensor or None
+        ``[B, H, T]`` int32, in tokens, negative where a place is empty; None: consecutive from `start`.
+    start : int
+        Position of the first token where `positions` is None.
+    last : int
+        The largest position held, in tokens.
+    holes : bool
+        Whether any place is empty.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int
+    last: int
+    positions: Tensor | None = None
+    holes: bool = False
+
+
 class Patch(ABC):
     """Exact outliers of the pages of a segment."""
 
@@ -158,5 +185,21 @@ class Backend(ABC):
         """Apply ``matrix [M, P]`` to the token axis of pages: ``[n, B, H, M, D]`` float32."""
 
     @abstractmethod
-    def attend(self, query: Query, segment: Segment) -> Partial:
-        """Answer `query` for the pages of `segment`; bounded workspace, no page is left decoded."""
+    def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
+        """Answer `query` over compressed pages and exact tokens together.
+
+        The workspace is bounded by the largest segment; no page is left decoded.
+
+        Parameters
+        ----------
+        query : Query
+        segments : sequence of Segment
+        dense : sequence of Dense
+        sinks : Tensor or None
+            ``[Hq]`` logits of learned attention sinks.
+
+        Returns
+        -------
+        Tensor
+            ``[B, H, R, D]`` float32.
+        """

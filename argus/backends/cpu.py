@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from argus.attention import Partial, Query, answer_pages
-from argus.backends.base import PLANES, Affine, Axis, Backend, Float8, Payload, Segment, grouped
+from argus.attention import Partial, Query, answer, answer_pages, merge, sink_logits
+from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Segment, grouped
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
@@ -129,15 +131,23 @@ class CpuBackend(Backend):
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         return matrix.to(x) @ x
 
-    def attend(self, query: Query, segment: Segment) -> Partial:
+    def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
+        parts = [self.answer_segment(query, segment) for segment in segments]
+        parts += [answer(query, part.keys, part.values, visible_tokens(query, part)) for part in dense]
+        if sinks is not None:
+            parts.append(sink_logits(query, sinks))
+        return merge(parts).out
+
+    def answer_segment(self, query: Query, segment: Segment) -> Partial:
+        """Decode one block of pages and answer for it."""
         keys = segment.key_tier.decode(segment.keys, "keys")
         values = segment.value_tier.decode(segment.values, "values")
         if segment.patch is not None:
             keys, values = segment.patch("keys", keys), segment.patch("values", values)
-        return answer_pages(query, keys, values, visible(query, segment, keys.shape[-2]))
+        return answer_pages(query, keys, values, visible_pages(query, segment, keys.shape[-2]))
 
 
-def visible(query: Query, segment: Segment, page: int) -> Tensor | None:
+def visible_pages(query: Query, segment: Segment, page: int) -> Tensor | None:
     """Which tokens of a segment each row may see, broadcastable to ``[n, B, H, R, P]``; None: all."""
     mask = None
     if query.mask is not None or segment.last > query.start:
@@ -154,6 +164,21 @@ def visible(query: Query, segment: Segment, page: int) -> Tensor | None:
     if mask.dtype == torch.bool:
         return mask & coded
     return torch.where(coded, mask, torch.finfo(mask.dtype).min)
+
+
+def visible_tokens(query: Query, part: Dense) -> Tensor | None:
+    """Which exact tokens each row may see, broadcastable to ``[B, H, R, T]``; None: all."""
+    if part.positions is None:
+        return query.visible(torch.arange(part.start, part.last + 1, device=part.keys.device), part.last)
+    mask = query.visible(part.positions.long(), part.last)
+    if not part.holes:
+        return mask
+    held = (part.positions >= 0).unsqueeze(-2)
+    if mask is None:
+        return held
+    if mask.dtype == torch.bool:
+        return mask & held
+    return torch.where(held, mask, torch.finfo(mask.dtype).min)
 
 
 @hookimpl
