@@ -96,6 +96,8 @@ class LayerCache:
         The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on.
     exact : ExactTokens
     outliers : dict of str to ExactNumbers
+    shape : tuple of int or None
+        Batch, key-value heads and head_dim of what was written last.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -110,7 +112,16 @@ class LayerCache:
         self.where: list[int] = []
         self.exact = ExactTokens(plan.dtype)
         self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
+        self.shape: tuple[int, int, int] | None = None
         self._segments: list[Segment] | None = None
+
+    @property
+    def values(self) -> int:
+        """Numbers that the tokens held have in keys and values together."""
+        if self.shape is None:
+            return 0
+        batch, heads, dim = self.shape
+        return 2 * batch * heads * dim * self.length
 
     @property
     def length(self) -> int:
@@ -119,6 +130,7 @@ class LayerCache:
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Take the next tokens, ``[B, H, S, D]``, exact."""
+        self.shape = (keys.shape[0], keys.shape[1], keys.shape[3])
         self.window.append(keys, values)
 
     def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
@@ -317,6 +329,8 @@ class LayerCache:
         self.exact.select(rows)
         for numbers in self.outliers.values():
             numbers.select(rows)
+        if self.shape is not None:
+            self.shape = (len(rows), *self.shape[1:])
         self._segments = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

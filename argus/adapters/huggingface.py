@@ -1,0 +1,352 @@
+"""Hugging Face: a cache whose layers hand themselves to a registered attention function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from argus.adapters.models import facts
+from argus.attention import Query, answer, merge, sink_logits
+from argus.build import build
+from argus.config import CacheConfig, load_cache_config
+from argus.engine import LayerCache, Plan, Text
+from argus.errors import ModelError
+from argus.ledger import Ledger, measure
+from argus.policies.base import TextFacts
+
+NAME = "argus"
+"""Name of the attention and mask functions in the registries of transformers."""
+
+
+@dataclass
+class Transcript:
+    """The tokens that a cache has seen, where a policy asks for them, and each row's padding."""
+
+    wanted: bool
+    tokens: Tensor | None = None
+    padding: Tensor | None = None
+
+    def note(self, seen: int, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Note the `tokens` ``[B, S]`` and 2D `mask` of a forward pass over a cache of `seen` tokens."""
+        if seen == 0:
+            self.tokens = self.padding = None
+            if mask is not None and mask.dim() == 2:
+                self.padding = (mask.cumsum(-1) == 0).sum(-1)
+        if self.wanted and tokens is not None and (seen == 0 or self.tokens is not None):
+            tokens = tokens.to(torch.int32)
+            self.tokens = tokens if self.tokens is None else torch.cat([self.tokens[:, :seen], tokens], 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by `rows` of it."""
+        self.tokens = None if self.tokens is None else self.tokens.index_select(0, rows)
+        self.padding = None if self.padding is None else self.padding.index_select(0, rows)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Every tensor held."""
+        return [("tokens", tensor) for tensor in (self.tokens, self.padding) if tensor is not None]
+
+
+class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's cache: ``update`` returns the layer itself, and the attention function asks it."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, plan: Plan, transcript: Transcript) -> None:
+        super().__init__()
+        self.engine = LayerCache(plan)
+        self.transcript = transcript
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, 0 while empty."""
+        return self.engine.shape[0] if self.engine.shape else 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[ArgusLayer, ArgusLayer]:
+        """Write keys and values ``[B, H, S, D]``."""
+        self.is_initialized = True
+        self.engine.write(key_states, value_states)
+        return self, self
+
+    def attend(self, module: Any, query: Tensor, mask: Tensor | None, scaling: float | None, **options: Any) -> Tensor:
+        """Answer queries ``[B, Hq, S, D]`` as ``[B, S, Hq, D]``, then let pages age."""
+        softcap, sinks = options.get("softcap"), options.get("s_aux")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        length, steps = self.engine.length, query.shape[2]
+        plain = softcap is None and sinks is None and (mask is not None or steps in (1, length))
+        parts = self.engine.window.parts()
+        if plain and not self.engine.where and len(parts) == 1:
+            keys, values, _ = parts[0]
+            out, _ = sdpa_attention_forward(
+                module, query, keys.to(query.dtype), values.to(query.dtype), mask, scaling=scale, is_causal=True
+            )
+        else:
+            batch, heads, _, dim = query.shape
+            asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
+            out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
+        self.engine.age(Text(self.transcript.tokens, self.transcript.padding))
+        return out
+
+    def get_seq_length(self) -> int:
+        return self.engine.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of :meth:`get_max_length` (transformers 5.17)."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.engine.length + query_length, 0
+
+    def reset(self) -> None:
+        self.engine.reset()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
+        length = tokens_to_remove if tokens_to_remove > 0 else self.engine.length + tokens_to_remove
+        if length < self.engine.length:
+            self.engine.crop(max(length, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.engine.length:
+            device = next(tensor.device for _, tensor in self.engine.tensors())
+            self.engine.select(rows.to(device))
+
+    def offload(self) -> None:
+        raise ModelError("an ARGUS cache is compressed where it is and does not offload; leave offloading off")
+
+    prefetch = offload
+
+
+class ArgusCache(Cache):  # type: ignore[misc]
+    """A compressed cache for ``model.generate(past_key_values=...)``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its attention is switched to ARGUS's; with any other cache it works as before.
+    tiers : str, CacheConfig, sequence of str or None
+        A ladder's name (``"int4"``), a config, or Hydra overrides; None: ``tiers=default``.
+    tokenizer : PreTrainedTokenizer or None
+        Tells line ends to the ``lines`` anchors.
+    plan : Plan or None
+        A plan built before, instead of `tiers`.
+
+    Raises
+    ------
+    ConfigError, ModelError
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tiers: str | CacheConfig | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        plan: Plan | None = None,
+    ) -> None:
+        count = facts(model).layers
+        self.plan = plan or make_plan(model, tiers, tokenizer)
+        activate(model)
+        self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
+        super().__init__(layers=[ArgusLayer(self.plan, self.transcript) for _ in range(count)])
+
+    def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Note what a forward pass is about to write."""
+        self.transcript.note(self.get_seq_length(), tokens, mask)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.transcript.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self.layers[0].batch_size
+        super().batch_repeat_interleave(repeats)
+        self.transcript.select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.transcript.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor held, each with what it is for."""
+        for layer in self.layers:
+            yield from layer.engine.tensors()
+        for stage in self.plan.stages:
+            for tier in (stage.keys, stage.values):
+                for tensor in tier.shared().values():
+                    yield "shared", tensor
+        yield from self.transcript.tensors()
+
+    def ledger(self) -> Ledger:
+        """Measured bytes, by what they are for."""
+        return measure(self.tensors(), sum(layer.engine.values for layer in self.layers))
+
+
+def module_groups(module: Any) -> int:
+    """Query heads a key-value head."""
+    return int(getattr(module, "num_key_value_groups", 1))
+
+
+def argus_attention(
+    module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention function for :class:`~transformers.AttentionInterface`: asks a layer's handle, or computes densely."""
+    if isinstance(key, ArgusLayer):
+        return key.attend(module, query, attention_mask, scaling, **kwargs), None
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if softcap is None and sinks is None:
+        steps, held = query.shape[2], key.shape[2]
+        if attention_mask is None and 1 < steps < held and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            # argus_mask leaves causal masks out, but SDPA aligns its own to the first key, not to the last.
+            attention_mask = torch.ones(steps, held, dtype=torch.bool, device=key.device).tril(held - steps)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, None
+    batch, heads, steps, dim = query.shape
+    start = key.shape[2] - steps
+    asked = Query.of(query, key.shape[1], scaling or dim**-0.5, start, attention_mask, softcap)
+    positions = torch.arange(key.shape[2], device=key.device)
+    parts = [answer(asked, key, value, asked.visible(positions, key.shape[2] - 1))]
+    if sinks is not None:
+        parts.append(sink_logits(asked, sinks))
+    return merge(parts).out.view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype), None
+
+
+def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mask function: none where it is plainly causal, since queries know their positions; else as SDPA's."""
+    padding, local = kwargs.get("attention_mask"), kwargs.get("local_size")
+    plain = kwargs.get("allow_is_causal_skip", True) and (local is None or kwargs["kv_length"] < local)
+    if plain and (padding is None or bool(padding.all())):
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, ArgusCache):
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        cache.note(tokens, kwargs.get("attention_mask"))
+
+
+def activate(model: Any) -> None:
+    """Switch the attention of `model` to ARGUS's; what it does with other caches stays as it was.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot work with handles to its cache.
+    """
+    facts(model)
+    if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
+        return
+    AttentionInterface.register(NAME, argus_attention)
+    AttentionMaskInterface.register(NAME, argus_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True))
+
+
+def deactivate(model: Any) -> None:
+    """Undo :func:`activate`."""
+    if hasattr(model, "_argus_before"):
+        before, hook = model._argus_before
+        hook.remove()
+        model.set_attn_implementation(before)
+        del model._argus_before
+
+
+def line_ends(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of every token of `tokenizer` whose text holds a line end."""
+    ids = range(len(tokenizer))
+    return tuple(i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in text)
+
+
+def make_plan(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None) -> Plan:
+    """The plan of a cache for `model`."""
+    config = load_cache_config(tiers)
+    known = facts(model)
+    text = TextFacts(line_ends(tokenizer) if tokenizer is not None and "lines" in config.anchors else ())
+    return build(config, known.head_dim, known.dtype, known.device, text)
+
+
+def patch_model_with_argus(
+    model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None
+) -> Any:
+    """Make plain ``model.generate(...)`` and ``model(...)`` use an ARGUS cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tiers : str, CacheConfig, sequence of str or None
+        As for :class:`ArgusCache`.
+    tokenizer : PreTrainedTokenizer or None
+        As for :class:`ArgusCache`.
+
+    Returns
+    -------
+    PreTrainedModel
+        The same model. :func:`unpatch` restores it.
+
+    Raises
+    ------
+    ConfigError, ModelError
+        Also, when it runs, if it is given a cache of another kind.
+    """
+    plan = make_plan(model, tiers, tokenizer)
+    unpatch(model)
+    generate = model.generate
+
+    def generate_with_argus(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            kwargs["past_key_values"] = ArgusCache(model, plan=plan)
+        return generate(*args, **kwargs)
+
+    def use_argus(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is None and (model.config.use_cache if used is None else used) and not model.training:
+            kwargs["past_key_values"] = ArgusCache(model, plan=plan)
+        elif cache is not None and not isinstance(cache, ArgusCache):
+            raise ModelError(
+                f"this model is patched with ARGUS but was given a {type(cache).__name__}; allowed: an ArgusCache, no cache, "
+                "or argus.unpatch(model) first"
+            )
+        return args, kwargs
+
+    model._argus_patch = model.register_forward_pre_hook(use_argus, with_kwargs=True)
+    model.generate = generate_with_argus
+    activate(model)
+    return model
+
+
+def unpatch(model: Any) -> Any:
+    """Restore a model that :func:`patch_model_with_argus` patched, or that an :class:`ArgusCache` switched."""
+    if hasattr(model, "_argus_patch"):
+        model._argus_patch.remove()
+        del model._argus_patch, model.generate
+    deactivate(model)
+    return model
