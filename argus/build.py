@@ -18,7 +18,7 @@ from argus.tiers.base import ROLES, Tier, Tools
 
 def build(
     config: CacheConfig,
-    head_dim: int,
+    head_dim: int | None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     text: TextFacts | None = None,
@@ -29,8 +29,8 @@ def build(
     Parameters
     ----------
     config : CacheConfig
-    head_dim : int
-        Numbers a head of the model's keys.
+    head_dim : int or None
+        Numbers a head of the model's keys; None: not known yet, what depends on it is not checked.
     dtype : torch.dtype
         In which the model computes.
     device : torch.device or str
@@ -58,7 +58,8 @@ def build(
 
     ladder = config.tiers
     stages = tuple(make_stage(name, ladder.stages[name], ladder.page_size, make) for name in ladder.order)
-    check_ladder(stages, ladder.page_size, head_dim, ladder.allow_growth)
+    if head_dim is not None:
+        check_ladder(stages, ladder.page_size, head_dim, ladder.allow_growth)
     text = text or TextFacts()
     anchors = plugins.kinds(manager, "argus_anchors")
     return Plan(
@@ -85,7 +86,7 @@ def choose_backend(name: str, device: torch.device, known: Mapping[str, type]) -
     """The backend asked for, or for ``auto`` the one called like the device's usual kernels, else ``cpu``."""
     if name == "auto":
         name = "triton" if device.type == "cuda" and "triton" in known else "cpu"
-    backend: Backend = plugins.pick("backend", name, {**known})()
+    backend: Backend = plugins.pick("backend", name, known)()
     return backend
 
 

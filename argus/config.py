@@ -149,16 +149,26 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
-    from hydra.errors import HydraException
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    try:
-        with initialize_config_module("argus.conf", version_base="1.3"):
+    with initialize_config_module("argus.conf", version_base="1.3"):
+        try:
             composed = hydra_compose("config", overrides=list(overrides))
-        return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+            return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+        except MissingConfigException as error:
+            options = ", ".join(error.options or ())
+            raise ConfigError(f"'{error.missing_cfg_file}' is no config; allowed: {options}") from error
+        except ConfigCompositionException as error:
+            cause = error.__cause__
+            if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+                parent, _, key = str(cause.full_key).rpartition(".")
+                known = OmegaConf.select(hydra_compose("config"), parent) if parent else hydra_compose("config")
+                raise ConfigError(f"'{cause.full_key}' is no option; allowed in {parent or 'a run'}: {', '.join(known)}") from error
+            raise ConfigError(" ".join(str(error).split())) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(" ".join(str(error).split())) from error
 
 
 def load_cache_config(choice: str | CacheConfig | Sequence[str] | None = None) -> CacheConfig:

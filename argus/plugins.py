@@ -50,10 +50,7 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
     manager.add_hookspecs(hookspecs)
     for name in (*BUILTIN, *(COMMANDS if commands else ())):
         manager.register(import_module(name), name)
-    try:
-        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
-    except Exception as error:
-        raise PluginError(f"a plugin of entry-point group '{hookspecs.PROJECT}' does not load: {error}") from error
+    _load_entry_points(manager)
     for plugin in extra:
         manager.register(plugin)
     try:
@@ -62,6 +59,13 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
         hooks = sorted(name for name in vars(manager.hook) if name.startswith("argus_"))
         raise PluginError(f"{error}; hooks are {', '.join(hooks)}") from error
     return manager
+
+
+def _load_entry_points(manager: pluggy.PluginManager) -> None:
+    try:
+        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+    except Exception as error:
+        raise PluginError(f"a plugin of entry-point group '{hookspecs.PROJECT}' does not load: {error}") from error
 
 
 def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
@@ -88,3 +92,11 @@ def pick(what: str, name: str, known: Mapping[str, type]) -> Any:
     if name not in known:
         raise ConfigError(f"{what} '{name}' is not known; allowed: {', '.join(sorted(known))}")
     return known[name]
+
+
+def config_paths() -> list[str]:
+    """Config packages of installed plugins, for Hydra to search; the built-in plugins need no loading for it."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    _load_entry_points(manager)
+    return list(manager.hook.argus_config_paths())

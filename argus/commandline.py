@@ -1,0 +1,78 @@
+"""The command line before Hydra sees it: check overrides, so that a mistake ends in one line that lists what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+INFORMATION = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for."""
+
+    arguments: tuple[str, ...]
+    overrides: tuple[str, ...]
+    multirun: bool
+    runs: bool
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Command:
+        """Sort `arguments` into overrides and flags, as Hydra does."""
+        overrides = tuple(word for word in arguments if not word.startswith("-") and "=" in word or word.startswith("~"))
+        multirun = any(word in ("-m", "--multirun") for word in arguments)
+        runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
+        return cls(tuple(arguments), overrides, multirun and runs, runs)
+
+
+def check(command: Command) -> None:
+    """Compose, validate and choose every value that is asked for, all but what needs the model.
+
+    Raises
+    ------
+    ConfigError
+        If a group, an option or a value is not allowed.
+    """
+    from argus.build import build
+    from argus.config import RunConfig, compose, validate
+    from argus.policies.base import TextFacts
+    from argus.runner import choose
+
+    words = [word for word in command.overrides if not word.startswith("hydra")]
+    for overrides in combinations(words):
+        config = validate(RunConfig, compose(overrides))
+        choose(config)
+        build(config.cache(), head_dim=None, text=TextFacts(line_ends=(0,)))
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """Overrides of single runs that together hold every value of every sweep once."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from argus.errors import ConfigError
+
+    choices: list[list[str]] = []
+    for word in words:
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+        except OverrideParseException as error:
+            raise ConfigError(f"'{word}' does not parse: {' '.join(str(error).split())}") from error
+        if parsed.is_sweep_override() and not parsed.is_discrete_sweep():
+            raise ConfigError(f"'{word}': only lists of values can be swept here, as in tiers=int8,int4")
+        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        prefix = word.split("=")[0]
+        choices.append([word] if word.startswith("~") else [f"{prefix}={value}" for value in values])
+    first = [values[0] for values in choices]
+    runs = [first]
+    for place, values in enumerate(choices):
+        runs += [[*first[:place], value, *first[place + 1 :]] for value in values[1:]]
+    return runs
+
+
+def sweep_folder(command: Command, now: datetime) -> str:
+    """Where a sweep's runs go: as asked, or a folder named after `now`."""
+    asked = [word.split("=", 1)[1] for word in command.overrides if word.startswith("hydra.sweep.dir=")]
+    return asked[-1] if asked else f"multirun/{now:%Y-%m-%d/%H-%M-%S}"

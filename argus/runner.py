@@ -1,0 +1,91 @@
+"""One run: a validated config becomes a model, a plan, caches and a task, whose rows go to the listeners."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from argus import plugins
+from argus.adapters.huggingface import make_plan
+from argus.config import RunConfig, validate
+from argus.models import load
+from argus.tasks.base import CacheKind, Row, Run, RunEvents, Task
+
+
+@contextmanager
+def progress():  # type: ignore[no-untyped-def]
+    """A spinner on stderr that says what is going on; one line each where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda sentence: print(sentence, file=sys.stderr, flush=True)
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+def stream(text: str) -> None:
+    """Print text as it comes."""
+    print(text, end="", flush=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The plugins that a run uses."""
+
+    task: Task
+    caches: dict[str, CacheKind]
+    listeners: list[RunEvents]
+
+
+def choose(config: RunConfig) -> Parts:
+    """The task, caches and listeners of a run, by name.
+
+    Raises
+    ------
+    ConfigError
+        If a name or an option is not known.
+    """
+    manager = plugins.load(commands=True)
+    kind = plugins.pick("task", config.task.name, plugins.kinds(manager, "argus_tasks"))
+    known = plugins.kinds(manager, "argus_caches")
+    return Parts(
+        task=kind(validate(kind.Config, config.task.options, "task")),
+        caches={name: plugins.pick("cache", name, known)() for name in config.caches},
+        listeners=[listener() for listener in manager.hook.argus_run_events()],
+    )
+
+
+def execute(config: RunConfig, folder: Path) -> list[Row]:
+    """Run a task and tell the listeners.
+
+    Raises
+    ------
+    ArgusError
+        Before anything is measured, if a name is not known or something does not fit.
+    """
+    parts = choose(config)
+    with progress() as tell:
+        tell("loading the model")
+        loaded = load(config.model)
+        plan = make_plan(loaded.model, config.cache(), loaded.tokenizer)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        run = Run(config, loaded.model, loaded.tokenizer, loaded.device, plan, parts.caches, folder, tell, stream)
+        for listener in parts.listeners:
+            listener.start(run)
+        rows: list[Row] = []
+        for row in parts.task.run(run):
+            rows.append(row)
+            for listener in parts.listeners:
+                listener.row(run, row)
+    for listener in parts.listeners:
+        listener.end(run, rows)
+    return rows
+
+

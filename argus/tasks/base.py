@@ -1,0 +1,100 @@
+"""A task: a model and the caches to compare, in; rows, out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from argus.config import RunConfig
+from argus.engine import Plan
+from argus.ledger import Ledger
+
+Row = dict[str, Any]
+"""One line of the report: ``task``, ``cache``, ``context``, and what was measured."""
+
+
+class TaskConfig(BaseModel):
+    """Options of a task. Subclass it to add your own; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a task may use.
+
+    Attributes
+    ----------
+    config : RunConfig
+    model, tokenizer : Any
+        From transformers, on `device`.
+    plan : Plan
+        Of the ARGUS cache.
+    caches : mapping of str to CacheKind
+        The caches to compare, the reference first.
+    folder : Path
+        Where pictures go.
+    tell : callable
+        ``tell(sentence)`` shows what is going on.
+    show : callable
+        ``show(text)`` prints text as it streams.
+    """
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    plan: Plan
+    caches: Mapping[str, CacheKind]
+    folder: Path
+    tell: Callable[[str], None]
+    show: Callable[[str], None]
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random."""
+        return self.config.seed
+
+
+class CacheKind(ABC):
+    """A way to make caches of one kind and to measure them."""
+
+    @abstractmethod
+    def make(self, run: Run) -> Any:
+        """A fresh, empty cache for ``model(past_key_values=...)``."""
+
+    @abstractmethod
+    def ledger(self, cache: Any) -> Ledger:
+        """Measured bytes of a cache of this kind."""
+
+
+class Task(ABC):
+    """Something to measure."""
+
+    Config: ClassVar[type[TaskConfig]] = TaskConfig
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config: Any = config
+
+    @abstractmethod
+    def run(self, run: Run) -> Iterator[Row]:
+        """Yield rows as they are measured."""
+
+
+class RunEvents:
+    """A listener to a run; override what you need."""
+
+    def start(self, run: Run) -> None:
+        """The model is loaded and the task is about to start."""
+
+    def row(self, run: Run, row: Row) -> None:
+        """A row was measured."""
+
+    def end(self, run: Run, rows: list[Row]) -> None:
+        """All rows were measured."""

@@ -1,0 +1,70 @@
+"""Generation: a prompt, its continuation as it streams, and how much it repeats itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import PositiveInt
+
+from argus.hookspecs import hookimpl
+from argus.tasks.base import Row, Run, Task, TaskConfig
+from argus.tasks.steps import Clock, feed, ids_of, memory
+
+
+class GenerateConfig(TaskConfig):
+    """Options of generate: the prompt, tokens to decode, and the orders of the n-grams counted."""
+
+    prompt: str = "Write a short story about a lighthouse keeper who finds a message in a bottle."
+    tokens: PositiveInt = 128
+    orders: tuple[PositiveInt, ...] = (1, 2, 3)
+
+
+def distinct(tokens: Sequence[int], order: int) -> float:
+    """Distinct n-grams over all n-grams (Li et al. 2016, arXiv:1510.03055); 1 where there are none."""
+    grams = [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+class Generate(Task):
+    """Greedy continuation with every cache."""
+
+    Config = GenerateConfig
+
+    def run(self, run: Run) -> Iterator[Row]:
+        ids = self._ids(run)
+        stops = run.model.generation_config.eos_token_id
+        stops = {stops} if isinstance(stops, int) else set(stops or ())
+        for name, kind in run.caches.items():
+            held, clock = kind.make(run), Clock(run.device)
+            run.tell(f"generate: {name}")
+            out: list[int] = []
+            logits = feed(run, held, ids_of(run, ids))
+            while len(out) < self.config.tokens:
+                out.append(int(logits.argmax()))
+                if out[-1] in stops:
+                    break
+                run.show(run.tokenizer.decode(out[-1:]))
+                with clock.timed():
+                    logits = feed(run, held, ids_of(run, out[-1:]))
+            run.show("\n")
+            yield {
+                "task": "generate",
+                "cache": name,
+                "context": len(ids) + len(out),
+                "text": run.tokenizer.decode(out),
+                **{f"distinct_{order}": distinct(out, order) for order in self.config.orders},
+                **memory(kind.ledger(held)),
+                "decode_tokens_per_s": 1 / clock.median if clock.seconds else None,
+            }
+
+    def _ids(self, run: Run) -> list[int]:
+        if getattr(run.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": self.config.prompt}]
+            text = run.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return list(run.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(run.tokenizer(self.config.prompt).input_ids)
+
+
+@hookimpl
+def argus_tasks() -> dict[str, type[Task]]:
+    return {"generate": Generate}
