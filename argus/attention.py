@@ -6,7 +6,8 @@ used as in FlashDecoding: parts may be answered in any order and by any method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 DENSE_BUDGET = 1 << 24
-"""Scores held at once by :func:`answer`, in numbers: the bound on its workspace."""
+"""Scores held at once by :func:`answer_bounded`, in numbers: the bound on its workspace."""
 
 
 class Partial(NamedTuple):
@@ -113,82 +114,61 @@ class Query:
         return picked.expand(-1, -1, groups, -1, -1).flatten(2, 3)
 
 
-def weigh(scores: Tensor, query: Query, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Turn raw scores into softmax weights and their log-sum-exp.
+class Part(ABC):
+    """A part of the cache that can be asked: pages of a stage, exact tokens, a learned sink."""
 
-    Parameters
-    ----------
-    scores : Tensor
-        ``[..., R, T]`` float32 products of scaled queries and keys.
-    query : Query
-        For its softcap.
-    visible : Tensor or None
-        Broadcastable to `scores`, boolean or additive.
+    tokens: int
+    """Tokens it holds, the width of its scores."""
 
-    Returns
-    -------
-    tuple of Tensor
-        Weights ``[..., R, T]`` that sum to one (zero where nothing is visible) and log-sum-exp ``[..., R]``.
-    """
+    @abstractmethod
+    def scores(self, query: Query) -> Tensor:
+        """Scores ``[B, H, R, tokens]`` float32, ``-inf`` for tokens that a row may not see."""
+
+    @abstractmethod
+    def mix(self, weights: Tensor) -> Tensor | None:
+        """``[B, H, R, D]``: values averaged by weights ``[B, H, R, tokens]``; None: it has no values."""
+
+
+def limit(scores: Tensor, query: Query, visible: Tensor | None) -> Tensor:
+    """Scores with the query's softcap, and ``-inf`` where `visible` (boolean or additive, broadcastable) hides a token."""
     if query.softcap is not None:
         scores = torch.tanh(scores / query.softcap) * query.softcap
     if visible is None:
-        lse = torch.logsumexp(scores, -1)
-        return torch.exp(scores - lse.unsqueeze(-1)), lse
+        return scores
     if visible.dtype == torch.bool:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    else:
-        scores = scores + visible
-        hidden = visible <= torch.finfo(visible.dtype).min
-        scores = scores.masked_fill(hidden, float("-inf"))
-    lse = torch.logsumexp(scores, -1)
-    safe = lse.masked_fill(lse == float("-inf"), 0.0)
-    return torch.exp(scores - safe.unsqueeze(-1)), lse
+        return scores.masked_fill(~visible, -torch.inf)
+    return (scores + visible).masked_fill(visible <= torch.finfo(visible.dtype).min, -torch.inf)
 
 
-def answer(query: Query, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Partial:
-    """Answer for dense keys and values.
-
-    Parameters
-    ----------
-    query : Query
-    keys, values : Tensor
-        ``[B, H, T, D]`` of any floating dtype.
-    visible : Tensor or None
-        As :meth:`Query.visible` returns it.
-
-    Returns
-    -------
-    Partial
-    """
-    scores = query.rows @ keys.float().transpose(-1, -2)
-    weights, lse = weigh(scores, query, visible)
-    return Partial(weights @ values.float(), lse)
+def answer(query: Query, parts: Sequence[Part]) -> Partial:
+    """The answer of several parts at once: their scores share one softmax, their values are mixed one after another."""
+    widths = [part.tokens for part in parts]
+    scores = torch.cat([part.scores(query) for part in parts], -1)
+    highest = scores.amax(-1, keepdim=True)
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    mixed = [part.mix(weight) for part, weight in zip(parts, weights.split(widths, -1), strict=True)]
+    held = [out for out in mixed if out is not None]
+    out = held[0]
+    for other in held[1:]:
+        out += other
+    lse = (total.log() + highest).squeeze(-1)
+    return Partial(out / total.masked_fill(total == 0, 1.0), lse)
 
 
-def answer_pages(query: Query, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Partial:
-    """Answer for a block of pages without making them contiguous in tokens.
-
-    Parameters
-    ----------
-    query : Query
-    keys, values : Tensor
-        ``[n, B, H, P, D]`` float32.
-    visible : Tensor or None
-        Broadcastable to ``[n, B, H, R, P]``.
-
-    Returns
-    -------
-    Partial
-    """
-    scores = query.rows @ keys.transpose(-1, -2)
-    n, batch, heads, rows, page = scores.shape
-    scores = scores.permute(1, 2, 3, 0, 4).reshape(batch, heads, rows, n * page)
-    if visible is not None:
-        visible = visible.expand(n, batch, heads, rows, page).permute(1, 2, 3, 0, 4).reshape(batch, heads, rows, n * page)
-    weights, lse = weigh(scores, query, visible)
-    weights = weights.view(batch, heads, rows, n, page).permute(3, 0, 1, 2, 4)
-    return Partial((weights @ values).sum(0), lse)
+def answer_bounded(query: Query, parts: Sequence[Part], budget: int = DENSE_BUDGET) -> Partial:
+    """The answer of any number of parts, holding at most `budget` scores at once, or those of one part."""
+    rows = query.rows[..., 0].numel()
+    batches: list[list[Part]] = [[]]
+    used = 0
+    for part in parts:
+        if batches[-1] and (used + part.tokens) * rows > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(part)
+        used += part.tokens
+    return merge([answer(query, batch) for batch in batches])
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
@@ -216,15 +196,40 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return Partial(out, lse)
 
 
-def sink_logits(query: Query, logits: Tensor) -> Partial:
-    """The part that a learned attention sink is: a logit a query head and no value (gpt-oss).
+class DensePart(Part):
+    """Keys and values as they are.
 
     Parameters
     ----------
-    query : Query
-    logits : Tensor
-        ``[Hq]``.
+    keys, values : Tensor
+        ``[B, H, T, D]`` of any floating dtype.
+    visible : callable
+        ``visible(query)``: as :meth:`Query.visible` returns it.
     """
-    batch, heads, rows, dim = query.rows.shape
-    lse = logits.float().view(1, heads, -1, 1).expand(batch, heads, query.groups, query.length).reshape(batch, heads, rows)
-    return Partial(query.rows.new_zeros(batch, heads, rows, dim), lse)
+
+    def __init__(self, keys: Tensor, values: Tensor, visible: Callable[[Query], Tensor | None]) -> None:
+        self.keys, self.values, self.visible = keys, values, visible
+        self.tokens = keys.shape[2]
+
+    def scores(self, query: Query) -> Tensor:
+        return limit(query.rows @ self.keys.float().transpose(-1, -2), query, self.visible(query))
+
+    def mix(self, weights: Tensor) -> Tensor:
+        return weights @ self.values.float()
+
+
+class SinkPart(Part):
+    """A learned attention sink: a logit a query head and no value (gpt-oss)."""
+
+    tokens = 1
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def scores(self, query: Query) -> Tensor:
+        batch, heads, rows, _ = query.rows.shape
+        spread = self.logits.float().view(1, heads, -1, 1).expand(batch, heads, query.groups, query.length)
+        return spread.reshape(batch, heads, rows, 1)
+
+    def mix(self, weights: Tensor) -> None:
+        return None

@@ -21,7 +21,7 @@ class Command:
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Command:
         """Sort `arguments` into overrides and flags, as Hydra does."""
-        overrides = tuple(word for word in arguments if not word.startswith("-") and "=" in word or word.startswith("~"))
+        overrides = tuple(word for word in arguments if (not word.startswith("-") and "=" in word) or word.startswith("~"))
         multirun = any(word in ("-m", "--multirun") for word in arguments)
         runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
         return cls(tuple(arguments), overrides, multirun and runs, runs)

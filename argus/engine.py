@@ -148,7 +148,8 @@ class LayerCache:
             ``[B, H, R, D]`` float32.
         """
         batch, heads, _, _ = query.rows.shape
-        widest = max(len(self.window), min(len(self.where), self.plan.block_pages) * self.plan.page_size, 1)
+        block = min(len(self.where), self.plan.block_pages) * self.plan.page_size
+        widest = max(len(self.window), block, self.exact.width, 1)
         steps = max(1, DENSE_BUDGET // (batch * heads * query.groups * widest))
         segments, dense = self.segments(), self.dense()
         if steps >= query.length:
@@ -190,6 +191,7 @@ class LayerCache:
             values=payloads["values"],
             positions=torch.tensor(pages, device=some.device) * size,
             last=(max(pages) + 1) * size - 1,
+            page_size=size,
             exact=slab.get(EXACT),
             patch=OutlierPatch(self.outliers, pages) if held else None,
         )

@@ -33,6 +33,11 @@ class ExactTokens:
         self.positions: Tensor | None = None
         self.holes = False
 
+    @property
+    def width(self) -> int:
+        """Places a row and head."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
     def add(self, keys: Tensor, values: Tensor, start: int, kept: Tensor) -> None:
         """Keep the tokens of pages that `kept` marks.
 

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from argus.adapters.models import facts
-from argus.attention import Query, answer, merge, sink_logits
+from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
 from argus.engine import LayerCache, Plan, Text
@@ -230,10 +230,10 @@ def argus_attention(
     start = key.shape[2] - steps
     asked = Query.of(query, key.shape[1], scaling or dim**-0.5, start, attention_mask, softcap)
     positions = torch.arange(key.shape[2], device=key.device)
-    parts = [answer(asked, key, value, asked.visible(positions, key.shape[2] - 1))]
+    parts: list[Part] = [DensePart(key, value, lambda query: query.visible(positions, key.shape[2] - 1))]
     if sinks is not None:
-        parts.append(sink_logits(asked, sinks))
-    return merge(parts).out.view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype), None
+        parts.append(SinkPart(sinks))
+    return answer_bounded(asked, parts).out.view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype), None
 
 
 def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from argus.attention import Query
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Axis = Literal["channel", "token"]
 """Whose numbers share a scale: ``channel`` groups along tokens (one scale a channel), ``token`` along channels."""
+
+Role = Literal["keys", "values"]
+"""What pages hold. Keys vary by channel, values by token, so tiers treat them apart."""
 
 Payload = dict[str, Tensor]
 """What a tier keeps of ``n`` pages: named tensors, each ``[n, B, ...]``."""
@@ -73,6 +77,8 @@ class Segment:
         ``[n]`` int64, position of each page's first token, in tokens.
     last : int
         The largest position held, in tokens.
+    page_size : int
+        Tokens a page, ``P``.
     exact : Tensor or None
         ``[n, B, H, P]`` bool, tokens that are answered elsewhere because they are kept exact.
     patch : callable or None
@@ -85,8 +91,26 @@ class Segment:
     values: Payload
     positions: Tensor
     last: int
+    page_size: int
     exact: Tensor | None = None
     patch: Patch | None = None
+
+    def tier(self, role: Role) -> Tier:
+        """The tier of `role`."""
+        return self.key_tier if role == "keys" else self.value_tier
+
+    def payload(self, role: Role) -> Payload:
+        """The payload of `role`."""
+        return self.keys if role == "keys" else self.values
+
+    def visible(self, query: Query) -> Tensor | None:
+        """Which of its tokens each row may see, ``[B, H, R, n * P]`` or broadcastable, page after page; None: all."""
+        coded = None if self.exact is None else ~self.exact.permute(1, 2, 0, 3).flatten(2).unsqueeze(2)
+        if query.mask is None and self.last <= query.start:
+            return coded
+        steps = torch.arange(self.page_size, device=self.positions.device)
+        mask = query.visible((self.positions.unsqueeze(-1) + steps).flatten(), self.last)
+        return both(mask, coded)
 
 
 def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:
@@ -119,6 +143,22 @@ class Dense:
     last: int
     positions: Tensor | None = None
     holes: bool = False
+
+    def visible(self, query: Query) -> Tensor | None:
+        """Which of its tokens each row may see, broadcastable to ``[B, H, R, T]``; None: all."""
+        if query.mask is None and self.last <= query.start and not self.holes:
+            return None
+        if self.positions is None:
+            return query.visible(torch.arange(self.start, self.last + 1, device=self.keys.device), self.last)
+        mask = query.visible(self.positions.long(), self.last)
+        return both(mask, (self.positions >= 0).unsqueeze(-2)) if self.holes else mask
+
+
+def both(mask: Tensor | None, held: Tensor | None) -> Tensor | None:
+    """Hide what either hides: `mask` boolean or additive, `held` boolean; None hides nothing."""
+    if mask is None or held is None:
+        return held if mask is None else mask
+    return mask & held if mask.dtype == torch.bool else torch.where(held, mask, torch.finfo(mask.dtype).min)
 
 
 class Patch(ABC):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argus.attention import Partial, Query, answer, answer_pages, merge, sink_logits
-from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Segment, grouped
+from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded, limit
+from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, grouped
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
@@ -132,53 +132,33 @@ class CpuBackend(Backend):
         return matrix.to(x) @ x
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
-        parts = [self.answer_segment(query, segment) for segment in segments]
-        parts += [answer(query, part.keys, part.values, visible_tokens(query, part)) for part in dense]
+        parts: list[Part] = [PagePart(segment) for segment in segments]
+        parts += [DensePart(part.keys, part.values, part.visible) for part in dense]
         if sinks is not None:
-            parts.append(sink_logits(query, sinks))
-        return merge(parts).out
-
-    def answer_segment(self, query: Query, segment: Segment) -> Partial:
-        """Decode one block of pages and answer for it."""
-        keys = segment.key_tier.decode(segment.keys, "keys")
-        values = segment.value_tier.decode(segment.values, "values")
-        if segment.patch is not None:
-            keys, values = segment.patch("keys", keys), segment.patch("values", values)
-        return answer_pages(query, keys, values, visible_pages(query, segment, keys.shape[-2]))
+            parts.append(SinkPart(sinks))
+        return answer_bounded(query, parts).out
 
 
-def visible_pages(query: Query, segment: Segment, page: int) -> Tensor | None:
-    """Which tokens of a segment each row may see, broadcastable to ``[n, B, H, R, P]``; None: all."""
-    mask = None
-    if query.mask is not None or segment.last > query.start:
-        steps = torch.arange(page, device=segment.positions.device)
-        positions = (segment.positions.unsqueeze(-1) + steps).flatten()
-        mask = query.visible(positions, segment.last)
-    if mask is not None:
-        mask = mask.unflatten(-1, (-1, page)).movedim(-2, 0)
-    if segment.exact is None:
-        return mask
-    coded = ~segment.exact.unsqueeze(-2)
-    if mask is None:
-        return coded
-    if mask.dtype == torch.bool:
-        return mask & coded
-    return torch.where(coded, mask, torch.finfo(mask.dtype).min)
+class PagePart(Part):
+    """A block of pages, decoded when asked and forgotten after."""
 
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.tokens = len(segment.positions) * segment.page_size
 
-def visible_tokens(query: Query, part: Dense) -> Tensor | None:
-    """Which exact tokens each row may see, broadcastable to ``[B, H, R, T]``; None: all."""
-    if part.positions is None:
-        return query.visible(torch.arange(part.start, part.last + 1, device=part.keys.device), part.last)
-    mask = query.visible(part.positions.long(), part.last)
-    if not part.holes:
-        return mask
-    held = (part.positions >= 0).unsqueeze(-2)
-    if mask is None:
-        return held
-    if mask.dtype == torch.bool:
-        return mask & held
-    return torch.where(held, mask, torch.finfo(mask.dtype).min)
+    def scores(self, query: Query) -> Tensor:
+        keys = self._decode("keys")
+        scores = (query.rows @ keys.transpose(-1, -2)).permute(1, 2, 3, 0, 4).flatten(-2)
+        return limit(scores, query, self.segment.visible(query))
+
+    def mix(self, weights: Tensor) -> Tensor:
+        paged = weights.unflatten(-1, (-1, self.segment.page_size)).permute(3, 0, 1, 2, 4)
+        return (paged @ self._decode("values")).sum(0)
+
+    def _decode(self, role: Role) -> Tensor:
+        segment = self.segment
+        pages = segment.tier(role).decode(segment.payload(role), role)
+        return pages if segment.patch is None else segment.patch(role, pages)
 
 
 @hookimpl

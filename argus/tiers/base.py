@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from argus.backends.base import PLANES, Axis, Backend, Payload
+from argus.backends.base import PLANES, Axis, Backend, Payload, Role
 from argus.errors import ConfigError, RangeError
 
-Role = Literal["keys", "values"]
 ROLES: tuple[Role, Role] = ("keys", "values")
 
 LIMIT = 32752.0
