@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def check_ladder(stages: tuple[Stage, ...], page_size: int, head_dim: int, allow
             stage.tier(role).check(role, page_size, head_dim)
     if allow_growth:
         return
-    for first, second in zip(stages, stages[1:], strict=False):
+    for first, second in pairwise(stages):
         before, after = (stage_bits(stage, page_size, head_dim) for stage in (first, second))
         if after >= before:
             raise ConfigError(

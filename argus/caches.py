@@ -18,6 +18,10 @@ from argus.tasks.base import CacheKind, Run
 class HalfLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in 16 bits, handed out in the model's dtype."""
 
+    keys: Tensor
+    values: Tensor
+    dtype: torch.dtype
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         if self.dtype.itemsize > 2:
@@ -65,12 +69,6 @@ class Argus(CacheKind):
     def ledger(self, cache: Any) -> Ledger:
         ledger: Ledger = cache.ledger()
         return ledger
-
-
-def sync(device: torch.device) -> None:
-    """Wait until `device` has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @hookimpl

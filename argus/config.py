@@ -163,9 +163,10 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         except ConfigCompositionException as error:
             cause = error.__cause__
             if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-                parent, _, key = str(cause.full_key).rpartition(".")
+                parent = str(cause.full_key).rpartition(".")[0]
                 known = OmegaConf.select(hydra_compose("config"), parent) if parent else hydra_compose("config")
-                raise ConfigError(f"'{cause.full_key}' is no option; allowed in {parent or 'a run'}: {', '.join(known)}") from error
+                where = parent or "a run"
+                raise ConfigError(f"'{cause.full_key}' is no option; allowed in {where}: {', '.join(known)}") from error
             raise ConfigError(" ".join(str(error).split())) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from error

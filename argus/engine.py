@@ -162,7 +162,12 @@ class LayerCache:
 
     def dense(self) -> list[Dense]:
         """The exact tokens: what anchors chose, and the window."""
-        parts = [Dense(keys, values, start, start + keys.shape[2] - 1) for keys, values, start in self.window.parts()]
+        parts = []
+        start = self.window.start
+        for keys, values in self.window.parts():
+            end = start + keys.shape[2]
+            parts.append(Dense(keys, values, start, end - 1))
+            start = end
         exact = self.exact
         if exact.keys is not None and exact.values is not None:
             last = len(self.where) * self.plan.page_size - 1
@@ -354,7 +359,8 @@ def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: i
     """Raise :class:`ArgusError` if an aging policy's answer is no stage or would move a page back."""
     for page, (stage, target) in enumerate(zip(stages, targets, strict=True)):
         if not (stage or 0) <= target < count:
-            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {stage or 0} to {count - 1}")
+            allowed = f"{stage or 0} to {count - 1}"
+            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {allowed}")
 
 
 def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:

@@ -135,13 +135,13 @@ class Window:
                 kept[:, :, self.used : self.used + steps] = new
             self.used += steps
 
-    def parts(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Keys, values and the position of their first token, oldest first."""
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values held, oldest first, as one or two consecutive parts."""
         held = []
         if self.buffer is not None and self.used:
-            held.append((self.buffer[0][:, :, : self.used], self.buffer[1][:, :, : self.used], self.start))
+            held.append((self.buffer[0][:, :, : self.used], self.buffer[1][:, :, : self.used]))
         if self.fresh is not None:
-            held.append((*self.fresh, self.start + self.used))
+            held.append(self.fresh)
         return held
 
     def first(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -166,11 +166,11 @@ class Window:
         self.start, self.used = start, 0
         self.buffer = self.fresh = None
 
-    def _keep(self, parts: list[tuple[Tensor, Tensor, int]], begin: int, end: int) -> None:
+    def _keep(self, parts: list[tuple[Tensor, Tensor]], begin: int, end: int) -> None:
         """Hold tokens `begin` to `end` of `parts`, as a view where they fit no buffer."""
         kept = []
         offset = 0
-        for keys, values, _ in parts:
+        for keys, values in parts:
             low, high = max(begin - offset, 0), min(end - offset, keys.shape[2])
             if low < high:
                 kept.append((keys[:, :, low:high], values[:, :, low:high]))
@@ -191,7 +191,7 @@ class Window:
         if self.fresh is None:
             return
         tokens = len(self)
-        batch, heads, _, dim = self.fresh[0].shape
+        batch, heads = self.fresh[0].shape[:2]
         size = max(self.capacity, tokens)
         parts = self.parts()
         buffers = []

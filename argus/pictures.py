@@ -75,7 +75,8 @@ def draw_bytes(cache: ArgusCache, dense_bytes: int, path: Path) -> None:
     bottom = 0.0
     for part, count in ledger.parts.items():
         name = names.get(part, part)
-        axes.bar(["ARGUS"], [count / 2**20], bottom=bottom, color=palette.get(name, WINDOW_COLOUR), edgecolor="white", label=name)
+        colour = palette.get(name, WINDOW_COLOUR)
+        axes.bar(["ARGUS"], [count / 2**20], bottom=bottom, color=colour, edgecolor="white")
         bottom += count / 2**20
     axes.text(1, bottom, f"{bottom:.1f} MiB, {ledger.bits_per_value:.2f} bits a value", ha="center", va="bottom")
     for place, (part, count) in enumerate(ledger.parts.items(), start=2):

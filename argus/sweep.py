@@ -70,7 +70,8 @@ def summarize(folder: Path) -> None:
     found = [figures(report) for _, report in runs]
     quality = next((pair for pair in QUALITY if all(pair[0] in one for one in found)), None)
     table = Table(box=box.SIMPLE_HEAD)
-    heads = {"bits_per_value": ".2f", "compression": ".2f", "accuracy": ".0%", "dnll": "+.4f", "kl": ".4f", "decode_tokens_per_s": ".1f"}
+    heads = {"bits_per_value": ".2f", "compression": ".2f", "accuracy": ".0%", "dnll": "+.4f", "kl": ".4f"}
+    heads["decode_tokens_per_s"] = ".1f"
     table.add_column("run", overflow="fold")
     for head in ("bits", "x less", "passkey", "dNLL", "KL", "decode/s", "best"):
         table.add_column(head, justify="right", no_wrap=True)

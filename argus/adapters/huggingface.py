@@ -89,12 +89,12 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         plain = softcap is None and sinks is None and (mask is not None or steps in (1, length))
         parts = self.engine.window.parts()
         if plain and not self.engine.where and len(parts) == 1:
-            keys, values, _ = parts[0]
+            keys, values = parts[0]
             out, _ = sdpa_attention_forward(
                 module, query, keys.to(query.dtype), values.to(query.dtype), mask, scaling=scale, is_causal=True
             )
         else:
-            batch, heads, _, dim = query.shape
+            batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
         self.engine.age(Text(self.transcript.tokens, self.transcript.padding))

@@ -52,7 +52,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Float8:
-    """E4M3 codes (OCP 8-bit floating point, 2023) with ``x = code * scale`` for each group of `group` numbers (None: the axis)."""
+    """E4M3 codes (OCP 8-bit floating point, 2023) with ``x = code * scale`` for each group (None: the whole axis)."""
 
     axis: Axis
     group: int | None = None

@@ -38,8 +38,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns
     -------
     Tensor
-        uint8 ``[..., D * bits / 8]``. Each plane of ``b`` bits takes ``C = D * b / 8`` bytes; field ``j`` of byte ``c`` holds element
-        ``j * C + c``, so that a mask and a shift of whole bytes yield neighbours.
+        uint8 ``[..., D * bits / 8]``. Each plane of ``b`` bits takes ``C = D * b / 8`` bytes; field ``j`` of byte ``c``
+        holds element ``j * C + c``, so that a mask and a shift of whole bytes yield neighbours.
     """
     parts = []
     for plane in PLANES[bits]:

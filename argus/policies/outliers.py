@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class TopK(Outliers):
         distance, _ = deviation(x)
         flat = distance.flatten(-2)
         count = max(1, round(self.config.share * flat.shape[-1]))
-        chosen = flat.new_zeros(flat.shape, dtype=bool).scatter_(-1, flat.topk(count).indices, True)
+        chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(count).indices, True)
         return chosen.view(x.shape)
 
 

@@ -11,7 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from argus.backends.base import PLANES, Axis, Backend, Payload, Role
+from argus.backends.base import PLANES, Axis, Backend
+from argus.backends.base import Payload as Payload
+from argus.backends.base import Role as Role
 from argus.errors import ConfigError, RangeError
 
 ROLES: tuple[Role, Role] = ("keys", "values")
@@ -93,6 +95,7 @@ class Tier(ABC):
 
     def check(self, role: Role, page_size: int, head_dim: int) -> None:
         """Raise :class:`ConfigError` if pages of this shape cannot be kept; the default accepts all."""
+        return
 
     def form(self, role: Role) -> object | None:
         """A description of the codes that a backend may know how to read in place; None: decode them."""

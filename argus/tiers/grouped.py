@@ -1,4 +1,4 @@
-"""What the integer tiers and sign share: affine codes of groups, keys per channel and values per token (KIVI, arXiv:2402.02750)."""
+"""What the integer tiers and sign share: affine codes, keys per channel and values per token (KIVI, arXiv:2402.02750)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class GroupedTier(Tier):
     symmetric: ClassVar[bool] = False
 
     def form(self, role: Role) -> Affine:
-        axis = self.config.axis or ("channel" if role == "keys" else "token")
+        usual: Axis = "channel" if role == "keys" else "token"
+        axis: Axis = self.config.axis or usual
         return Affine(self.width, axis, self.config.group_size, self.symmetric)
 
     def encode(self, x: Tensor, role: Role) -> Payload:
