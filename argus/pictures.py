@@ -78,7 +78,7 @@ def draw_bytes(cache: ArgusCache, dense_bytes: int, path: Path) -> None:
         colour = palette.get(name, WINDOW_COLOUR)
         axes.bar(["ARGUS"], [count / 2**20], bottom=bottom, color=colour, edgecolor="white")
         bottom += count / 2**20
-    axes.text(1, bottom, f"{bottom:.1f} MiB, {ledger.bits_per_value:.2f} bits a value", ha="center", va="bottom")
+    axes.text(1, bottom, f"{bottom:.1f} MiB\n{ledger.bits_per_value:.2f} bits", ha="center", va="bottom")
     for place, (part, count) in enumerate(ledger.parts.items(), start=2):
         name = names.get(part, part)
         axes.bar([name], [count / 2**20], color=palette.get(name, WINDOW_COLOUR), edgecolor="white")

@@ -76,9 +76,9 @@ def size(count: float | None) -> str:
         return ""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.4g} {unit}"
+            return f"{count:.3g} {unit}"
         count /= 1024
-    return f"{count:.4g} GiB"
+    return f"{count:.3g} GiB"
 
 
 def number(value: Any, form: str) -> str:
@@ -86,16 +86,22 @@ def number(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+CACHE_HEADS = ("cache", "tokens", "bytes", "bits", "x less", "passkey", "dNLL", "KL", "prefill/s", "decode/s")
+STAGE_HEADS = ("stage", "tokens", "bytes", "bits", "x less", "pages", "cos keys", "cos values", "", "")
+
+
 def cache_lines(rows: Sequence[Row]) -> list[list[str]]:
     """One line a cache and context: memory, passkey, prose, speed."""
     lines: dict[tuple[str, int], Row] = {}
     for row in rows:
         if "stage" not in row:
-            lines.setdefault((row["cache"], row["context"]), {}).update(row)
+            line = lines.setdefault((row["cache"], row["context"]), {})
+            line.update(row)
+            if "accuracy" in row:
+                line["passkey"] = f"{row['accuracy']:.0%} of {row['samples']}"
     order = {name: place for place, name in enumerate(dict.fromkeys(cache for cache, _ in lines))}
     table = []
     for (cache, context), row in sorted(lines.items(), key=lambda item: (item[0][1], order[item[0][0]])):
-        right = row.get("accuracy")
         table.append(
             [
                 cache,
@@ -103,7 +109,7 @@ def cache_lines(rows: Sequence[Row]) -> list[list[str]]:
                 size(row.get("cache_bytes")),
                 number(row.get("bits_per_value"), ".2f"),
                 number(row.get("compression"), ".2f"),
-                "" if right is None else f"{right:.0%} of {row['samples_passkey']}",
+                row.get("passkey", ""),
                 number(row.get("dnll"), "+.4f"),
                 number(row.get("kl"), ".4f"),
                 number(row.get("prefill_tokens_per_s"), ".0f"),
@@ -134,25 +140,27 @@ def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """All rows in one table of at most 100 columns."""
-    drawn = Table(box=box.SIMPLE_HEAD, show_header=False, padding=(0, 1, 0, 0))
-    drawn.add_column(no_wrap=True)
-    for _ in range(9):
-        drawn.add_column(justify="right", no_wrap=True)
-    caches = cache_lines([{**row, "samples_passkey": row.get("samples")} for row in rows])
-    if caches:
-        heads = ("cache", "tokens", "bytes", "bits", "x less", "passkey", "dNLL", "KL", "prefill/s", "decode/s")
-        drawn.add_row(*(f"[bold]{head}[/]" for head in heads), end_section=True)
-        for line in caches:
-            drawn.add_row(*line)
+    """All rows in one table of at most 100 columns: caches, then stages."""
+    drawn = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    caches = cache_lines(rows)
     stages = stage_lines(rows)
-    if stages:
+    heads = CACHE_HEADS if caches else STAGE_HEADS
+    for place, head in enumerate(heads):
+        drawn.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for line in caches:
+        drawn.add_row(*line)
+    if caches and stages:
         drawn.add_section()
-        heads = ("stage", "tokens", "bytes", "bits", "x less", "pages", "cos keys", "cos values", "", "")
-        drawn.add_row(*(f"[bold]{head}[/]" for head in heads), end_section=True)
-        for line in stages:
-            drawn.add_row(*line)
+        drawn.add_row(*STAGE_HEADS, style="bold")
+    for line in stages:
+        drawn.add_row(*line)
     return drawn
+
+
+def terminal() -> Console:
+    """Where tables go: the terminal as wide as it is, a file at 100 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 class Reporter(RunEvents):
@@ -160,11 +168,9 @@ class Reporter(RunEvents):
 
     def end(self, run: Run, rows: list[Row]) -> None:
         write(run.folder / NAME, document(run, rows))
-        console = Console()
+        console = terminal()
         console.print(table(rows))
-        others = {"text", "task", "cache"} & set().union(*rows) if rows else set()
-        if "text" in others:
-            print_generation(console, rows)
+        print_generation(console, rows)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, number
+from argus.report import NAME, number, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "passkey accuracy"))
 
@@ -86,6 +85,6 @@ def summarize(folder: Path) -> None:
         )
     for name, one, mark in zip(names, found, best, strict=True):
         table.add_row(name, *(number(one.get(head), form) for head, form in heads.items()), "*" if mark else "")
-    console = Console()
+    console = terminal()
     console.print(table)
     console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True)
