@@ -119,7 +119,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
-        length = tokens_to_remove if tokens_to_remove > 0 else self.engine.length + tokens_to_remove
+        count = int(tokens_to_remove)
+        length = count if count > 0 else self.engine.length + count
         if length < self.engine.length:
             self.engine.crop(max(length, 0))
 
