@@ -107,7 +107,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         plan = self.plan
-        self.window = Window(plan.window + plan.page_size, plan.dtype)
+        self.window = Window(plan.dtype)
         self.pools = [Pool(plan.block_pages) for _ in plan.stages]
         self.where: list[int] = []
         self.exact = ExactTokens(plan.dtype)

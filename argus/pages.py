@@ -101,10 +101,14 @@ class Pool:
                 slab[name] = tensor.index_select(1, rows)
 
 
+WINDOW_STEP = 16
+"""Tokens by which the window's buffer grows: the most that it holds beyond what it needs."""
+
+
 class Window:
     """The newest tokens, exact, in order.
 
-    A buffer of ``capacity`` tokens takes what is written; a longer write is held as it came until :meth:`settle`.
+    A buffer takes what is written while it has room; what does not fit is held as it came until :meth:`settle`.
 
     Attributes
     ----------
@@ -112,8 +116,7 @@ class Window:
         Position of the first token held.
     """
 
-    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
-        self.capacity = capacity
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.start = 0
         self.used = 0
@@ -128,7 +131,7 @@ class Window:
         steps = keys.shape[2]
         if self.fresh is not None:
             self.fresh = (torch.cat([self.fresh[0], keys], 2), torch.cat([self.fresh[1], values], 2))
-        elif self.used + steps > self.capacity or self.buffer is None:
+        elif self.buffer is None or self.used + steps > self.buffer[0].shape[2]:
             self.fresh = (keys, values)
         else:
             for kept, new in zip(self.buffer, (keys, values), strict=True):
@@ -177,22 +180,22 @@ class Window:
             offset += keys.shape[2]
         self.start += begin
         if not kept:
-            self.used, self.fresh = 0, None
+            self.reset(self.start)
             return
         if begin == 0 and len(kept) == 1 and self.used and self.fresh is None:
             self.used = end
             return
         wide = kept[-1][0].dtype
         keys, values = (torch.cat([part[i].to(wide) for part in kept], 2) if len(kept) > 1 else kept[0][i] for i in (0, 1))
-        self.used, self.fresh = 0, (keys, values)
+        self.buffer, self.used, self.fresh = None, 0, (keys, values)
 
     def settle(self) -> None:
-        """Move what was held as it came into a buffer of the window's capacity, in the window's dtype."""
+        """Move what was held as it came into a buffer with room for the next tokens, in the window's dtype."""
         if self.fresh is None:
             return
         tokens = len(self)
         batch, heads = self.fresh[0].shape[:2]
-        size = max(self.capacity, tokens)
+        size = -(-tokens // WINDOW_STEP) * WINDOW_STEP
         parts = self.parts()
         buffers = []
         for i in (0, 1):
