@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from argus.errors import ConfigError
+from argus.plugins import config_paths
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -153,9 +154,11 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+    paths = config_paths()
+    searched = [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
     with initialize_config_module("argus.conf", version_base="1.3"):
         try:
-            composed = hydra_compose("config", overrides=list(overrides))
+            composed = hydra_compose("config", overrides=[*overrides, *searched])
             return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
         except MissingConfigException as error:
             options = ", ".join(error.options or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -61,6 +61,28 @@ class Float8:
 @dataclass(frozen=True)
 class Plain:
     """Floating-point numbers as they are, under the name ``codes``."""
+
+
+@dataclass(frozen=True)
+class Projected:
+    """``x = mean + factor * matrix^T c``: a mean ``[n, B, H, D]`` and coefficients ``coefficients.*`` in a form of their own.
+
+    Attributes
+    ----------
+    inner : Affine, Float8 or Plain
+        Of the coefficients ``c [n, B, H, P / ratio, D]``.
+    ratio : int
+        Tokens a coefficient row.
+    unbiased : bool
+        Whether the factor is `ratio`; else it is 1.
+    matrix : callable
+        ``matrix(page_size, like)``: ``[P / ratio, P]`` float32 on the device of ``like``.
+    """
+
+    inner: object
+    ratio: int
+    unbiased: bool
+    matrix: Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,14 @@ class NoveltyConfig(PolicyConfig):
     """Options of novelty.
 
     ``share`` of the tokens is kept for each head; ``by`` values, keys, or both (half of the share each); ``scope``: the
-    share is filled within each page, or over all pages that leave the window together.
+    share is filled within each page, or over all pages that leave the window together. ``span``: a token's score is the
+    mean over that many tokens around it, so that what stands together is kept together.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
     by: Literal["keys", "values", "both"] = "values"
     scope: Literal["page", "block"] = "block"
+    span: PositiveInt = 1
 
 
 class Novelty(Anchors):
@@ -86,7 +88,7 @@ class Novelty(Anchors):
         sources = {"keys": [pages.keys], "values": [pages.values], "both": [pages.values, pages.keys]}[self.config.by]
         count = max(1, round(self.config.share * taken.shape[-1] / len(sources)))
         for source in sources:
-            likeness = nearest(self._scoped(source)).masked_fill(taken | kept, float("inf"))
+            likeness = around(nearest(self._scoped(source)), self.config.span).masked_fill(taken | kept, float("inf"))
             kept.scatter_(-1, likeness.topk(count, largest=False).indices, True)
         n, batch, heads, page = pages.taken.shape
         if self.config.scope == "page":
@@ -104,6 +106,14 @@ def nearest(x: Tensor) -> Tensor:
     cosine = unit @ unit.transpose(-1, -2)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     return cosine.amax(-1)
+
+
+def around(x: Tensor, span: int) -> Tensor:
+    """The mean of `x` ``[..., T]`` over `span` tokens around each, fewer at the ends."""
+    if span == 1:
+        return x
+    flat = torch.nn.functional.pad(x.flatten(0, -2).unsqueeze(1), (span // 2, (span - 1) // 2), value=float("nan"))
+    return flat.unfold(-1, span, 1).nanmean(-1).view(x.shape)
 
 
 @hookimpl

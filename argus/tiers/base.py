@@ -58,8 +58,8 @@ class Tier(ABC):
     Config : type
         The tier's options.
     error : float
-        The largest relative error ``|decode(encode(x)) - x| / |x - mean|`` on normal numbers at default options,
-        with ``|.|`` the Euclidean norm over a page and the mean taken a channel.
+        The relative error ``|decode(encode(x)) - x| / |x|`` of normal numbers is at most this, with ``|.|`` the Euclidean
+        norm over many pages of 64 tokens x 64 channels; set it in ``__init__`` where it depends on options.
     """
 
     Config: ClassVar[type[TierConfig]] = TierConfig

@@ -15,7 +15,7 @@ class Fp16(Tier):
     Payload: ``codes`` in that dtype, ``[n, B, H, P, D]``.
     """
 
-    error = 5e-4
+    error = 0.00022
 
     def encode(self, x: Tensor, role: Role) -> Payload:
         return {"codes": x.to(self.tools.dtype)}

@@ -25,7 +25,7 @@ class Fp8(Tier):
     """
 
     Config = Fp8Config
-    error = 0.04
+    error = 0.027
 
     def form(self, role: Role) -> Float8:
         return Float8(self.config.axis, self.config.group_size)

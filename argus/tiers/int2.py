@@ -11,7 +11,7 @@ class Int2(GroupedTier):
     """Codes from 0 to 3 over each group's own range."""
 
     width = 2
-    error = 0.6
+    error = 0.57
 
 
 @hookimpl

@@ -11,7 +11,7 @@ class Int4(GroupedTier):
     """Codes from 0 to 15 over each group's own range."""
 
     width = 4
-    error = 0.12
+    error = 0.115
 
 
 @hookimpl

@@ -11,7 +11,7 @@ class Int8(GroupedTier):
     """Signed codes from -127 to 127 about zero."""
 
     width = 8
-    error = 0.02
+    error = 0.0075
     symmetric = True
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from argus.backends.base import Affine
 from argus.hookspecs import hookimpl
-from argus.tiers.base import Role, Tier
+from argus.tiers.base import Role, Tier, TierConfig, Tools
 from argus.tiers.grouped import GroupConfig, GroupedTier
 
 
@@ -22,14 +22,17 @@ class Int3(GroupedTier):
     """Codes from 0 to 7 over each group's own range: a plane of two bits and a plane of one."""
 
     width = 3
-    error = 0.25
+    error = 0.245
 
 
 class Int(GroupedTier):
     """Asymmetric codes of ``bits`` bits."""
 
     Config = IntegerConfig
-    error = 0.6
+
+    def __init__(self, config: TierConfig, tools: Tools) -> None:
+        super().__init__(config, tools)
+        self.error = 1.72 / (2**self.config.bits - 1)
 
     def form(self, role: Role) -> Affine:
         base = super().form(role)

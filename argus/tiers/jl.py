@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from argus.backends.base import Payload
+from argus.backends.base import Payload, Projected
 from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.tiers.base import Role, Tier, TierConfig, Tools
@@ -44,25 +45,27 @@ class Jl(Tier):
     """
 
     Config = JlConfig
-    error = 0.9
 
     def __init__(self, config: TierConfig, tools: Tools) -> None:
         super().__init__(config, tools)
         self.inner = tools.tier(self.config.coefficients)
         self.matrices: dict[str, Tensor] = {}
+        ratio, lost = self.config.ratio, self.inner.error**2
+        # Of a residual of norm 1 the projection keeps 1 / ratio; read with the factor `ratio`, it errs by ratio - 1.
+        self.error = 1.005 * sqrt(ratio - 1 + ratio * lost if self.config.unbiased else 1 - 1 / ratio + lost / ratio)
 
     def matrix(self, page_size: int, x: Tensor) -> Tensor:
-        """The projection for pages of `page_size` tokens on the device of `x`, made once."""
+        """``sqrt(P) W [P / ratio, P]`` on the device of `x`, made once: coefficients ``W r / sqrt(P)`` stay in FP16's range."""
         key = f"projection.{page_size}.{x.device}"
         if key not in self.matrices:
             rows = page_size // self.config.ratio
-            self.matrices[key] = projection(page_size, rows, self.config.seed).to(x.device)
+            self.matrices[key] = sqrt(page_size) * projection(page_size, rows, self.config.seed).to(x.device)
         return self.matrices[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
         mean = x.mean(-2).to(torch.float16)
         rest = x - mean.float().unsqueeze(-2)
-        coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x))
+        coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x) / x.shape[-2])
         kept = self.inner.encode(coefficients, role)
         return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
 
@@ -84,6 +87,10 @@ class Jl(Tier):
             divisors = [d for d in range(1, page_size + 1) if page_size % d == 0]
             raise ConfigError(f"jl: ratio {self.config.ratio} does not divide page_size {page_size}; allowed: {divisors}")
         self.inner.check(role, page_size // self.config.ratio, head_dim)
+
+    def form(self, role: Role) -> Projected | None:
+        inner = self.inner.form(role)
+        return None if inner is None else Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
 
     def shared(self) -> dict[str, Tensor]:
         return {**self.matrices, **{PREFIX + name: tensor for name, tensor in self.inner.shared().items()}}

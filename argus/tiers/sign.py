@@ -19,7 +19,7 @@ class Sign(GroupedTier):
     """
 
     width = 1
-    error = 0.66
+    error = 0.61
 
     def encode(self, x: Tensor, role: Role) -> Payload:
         form = self.form(role)

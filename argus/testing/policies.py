@@ -1,0 +1,178 @@
+"""The contracts of policies: decisions that are allowed, repeatable, and made without touching what they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts, TextFacts
+from argus.testing.base import Contract, normal, options, other_seeds, same, title
+
+LADDERS: tuple[tuple[int | None, ...], ...] = ((None,), (1, None), (2, 1, None), (3, None, 2), (1, 1, 1, 1, 1, 1, 1))
+"""Capacities of the stages of each ladder tried, in pages."""
+BIRTHS = ((1,) * 12, (5, 1, 3), (40,))
+"""Pages that leave the window together, one time after another."""
+LINE_END = 7
+
+
+def check_aging(kind: type[Aging], *, config: Mapping[str, Any] | None = None) -> None:
+    """Check that an aging policy keeps its contract.
+
+    Every page gets a stage that exists, no page goes back, equal facts get equal answers, and no global random state is
+    touched, for ladders of one to seven stages and pages that come one by one or many at once.
+
+    Raises
+    ------
+    ContractError
+        If the contract is broken.
+    ConfigError
+        If `config` is not what the policy's ``Config`` allows.
+    """
+    config = config or {}
+    contract = Contract(f"aging policy {title(kind, config)}")
+    for capacities in LADDERS:
+        stages = [StageFacts(f"stage{i}", capacity) for i, capacity in enumerate(capacities)]
+        for births in BIRTHS:
+            words = contract.at(f"capacities {list(capacities)}, pages born {list(births)}")
+            with words.keeps_random_state():
+                held: list[int] = []
+                for born in births:
+                    held = grow(words, kind, config, held, born, stages)
+
+
+def grow(
+    words: Contract, kind: type[Aging], config: Mapping[str, Any], held: Sequence[int], born: int, stages: list[StageFacts]
+) -> list[int]:
+    """Let pages be born and ask where every page goes."""
+    before = [*held, *[None] * born]
+    facts = [PageFacts(len(before) - 1 - i, stage) for i, stage in enumerate(before)]
+    given = list(facts), list(stages)
+    found = kind(options(kind, config)).targets(facts, stages)  # type: ignore[arg-type]
+    words.require((facts, stages) == given, "changes the lists it is given")
+    words.require(len(found) == len(facts), f"{len(found)} answers for {len(facts)} pages")
+    for page, (stage, target) in enumerate(zip(before, found, strict=True)):
+        fits = type(target) is int and (stage or 0) <= target < len(stages)
+        allowed = f"allowed: {stage or 0} to {len(stages) - 1}"
+        words.require(fits, f"page {page}, now in stage {stage}, goes to {target!r}; {allowed}")
+    with other_seeds(1234):
+        again = kind(options(kind, config)).targets(facts, stages)  # type: ignore[arg-type]
+    words.require(list(again) == list(found), "answers otherwise when asked again")
+    return list(found)
+
+
+def check_anchors(kind: type[Anchors], *, config: Mapping[str, Any] | None = None, text: TextFacts | None = None) -> None:
+    """Check that an anchor policy keeps its contract.
+
+    Its choice is bool and fits ``[n, B, H, P]``, is the same when asked again, touches neither what it looks at nor global
+    random states, and can be made with and without token ids, with padding, with tokens taken already, and from constant
+    keys and values.
+
+    Parameters
+    ----------
+    kind : type of Anchors
+    config : mapping, optional
+        Options, as a config file would give them.
+    text : TextFacts, optional
+        By default a tokenizer in which token 7 ends a line.
+
+    Raises
+    ------
+    ContractError
+        If the contract is broken.
+    ConfigError
+        If `config` is not what the policy's ``Config`` allows.
+    """
+    config = config or {}
+    contract = Contract(f"anchor policy {title(kind, config)}")
+    text = text or TextFacts((LINE_END,))
+    for shape in ((1, 1, 1, 4, 8), (2, 2, 3, 16, 8), (3, 2, 1, 5, 7)):
+        for name, pages in new_pages(shape):
+            words = contract.at(f"pages {list(shape)}, {name}")
+            fields = ("keys", "values", "positions", "padding", "tokens", "taken")
+            given = {field: getattr(pages, field) for field in fields if getattr(pages, field) is not None}
+            before = {field: tensor.clone() for field, tensor in given.items()}
+            with words.keeps_random_state():
+                found = kind(options(kind, config), text).choose(pages)  # type: ignore[arg-type]
+                with other_seeds(1234):
+                    again = kind(options(kind, config), text).choose(pages)  # type: ignore[arg-type]
+            for field, tensor in given.items():
+                words.require_same(tensor, before[field], f"its input '{field}'")
+            require_choice(words, found, shape[:4])
+            words.require(same(found, again), "chooses otherwise when asked again")
+
+
+def new_pages(shape: tuple[int, ...]) -> list[tuple[str, NewPages]]:
+    """Pages that leave the window, in several circumstances."""
+    n, batch, heads, page, _ = shape
+    keys, values = normal(shape, 1), normal(shape, 2)
+    none = torch.zeros(n, batch, heads, page, dtype=torch.bool)
+    some = normal((n, batch, heads, page), 3) > 1
+    no_padding, padding = torch.zeros(batch, dtype=torch.long), torch.arange(batch) * 2
+    first, later = (torch.arange(start, start + n * page).view(n, page) for start in (0, 1000))
+    tokens = torch.arange(batch * (n * page + 3)).view(batch, -1) % 11
+    flat = torch.ones(shape)
+    return [
+        ("token ids not known", NewPages(keys, values, first, no_padding, None, none)),
+        ("token ids known", NewPages(keys, values, first, no_padding, tokens, none)),
+        ("left padding, some tokens taken", NewPages(keys, values, first, padding, tokens, some)),
+        ("far from the start", NewPages(keys, values, later, padding, tokens, none)),
+        ("constant keys and values", NewPages(flat, flat.clone(), first, no_padding, tokens, none)),
+        ("every token taken", NewPages(keys, values, first, no_padding, tokens, ~none)),
+    ]
+
+
+def require_choice(words: Contract, found: Tensor, shape: tuple[int, ...]) -> None:
+    """A choice is bool and broadcasts to `shape`."""
+    words.require(found.dtype == torch.bool, f"chooses with {found.dtype}, not torch.bool")
+    fits = found.dim() <= len(shape) and all(a in (1, b) for a, b in zip(found.shape[::-1], shape[::-1], strict=False))
+    words.require(fits, f"its choice is {list(found.shape)} and does not broadcast to {list(shape)}")
+
+
+def check_outliers(kind: type[Outliers], *, config: Mapping[str, Any] | None = None) -> None:
+    """Check that an outlier policy keeps its contract.
+
+    Its choice is bool of the pages' shape (or None, then always), is the same when asked again, leaves the pages and global
+    random states alone, keeps a page's choice apart from its neighbours', and takes constant and extreme numbers.
+
+    Raises
+    ------
+    ContractError
+        If the contract is broken.
+    ConfigError
+        If `config` is not what the policy's ``Config`` allows.
+    """
+    config = config or {}
+    contract = Contract(f"outlier policy {title(kind, config)}")
+    answers: set[bool] = set()
+    for shape in ((1, 1, 1, 4, 8), (2, 2, 3, 16, 8), (3, 2, 1, 5, 7)):
+        x = normal(shape)
+        spike = x.clone()
+        spike[0, 0, 0, 0, 0] = 30000.0
+        cases = {"normal": x, "zero": x * 0, "constant": x * 0 + 3, "tiny": x * 1e-7, "one is large": spike}
+        for name, pages in cases.items():
+            words = contract.at(f"pages {list(shape)}, numbers {name}")
+            before = pages.clone()
+            with words.keeps_random_state():
+                for role in ("keys", "values"):
+                    found = ask(kind, config, pages, role)
+                    with other_seeds(1234):
+                        again = ask(kind, config, pages, role)
+                    words.require_same(pages, before, "its input")
+                    answers.add(found is None)
+                    words.require(len(answers) == 1, "answers None at times; allowed is always or never")
+                    if found is None or again is None:
+                        continue
+                    words.require(found.dtype == torch.bool, f"chooses with {found.dtype}, not torch.bool")
+                    words.require(found.shape == pages.shape, f"its choice is {list(found.shape)}, not {list(shape)}")
+                    words.require(same(found, again), "chooses otherwise when asked again")
+                    alone = ask(kind, config, pages[:1].contiguous(), role)
+                    words.require(alone is not None and same(alone, found[:1]), "a page's choice depends on its neighbours")
+
+
+def ask(kind: type[Outliers], config: Mapping[str, Any], pages: Tensor, role: str) -> Tensor | None:
+    """The choice of a fresh policy."""
+    chosen: Tensor | None = kind(options(kind, config)).choose(pages, role)  # type: ignore[arg-type]
+    return chosen

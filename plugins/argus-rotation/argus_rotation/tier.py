@@ -1,0 +1,109 @@
+"""Random-sign Hadamard rotation and Lloyd-Max codes, as TurboQuant (arXiv:2504.19874) without its QJL stage."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from argus.backends.base import Payload
+from argus.backends.cpu import pack, unpack
+from argus.tiers.base import Role, Tier, TierConfig, Tools, check_packing
+from argus_rotation.codebook import codebook, distortion
+
+
+class RotationConfig(TierConfig):
+    """Options of rotation: bits a code, and the seed of the signs."""
+
+    bits: Annotated[int, Field(ge=1, le=4)] = 3
+    seed: int = 0
+
+
+def blocks(length: int) -> list[int]:
+    """The powers of two that add up to `length`, largest first: 80 is 64 + 16."""
+    return [1 << i for i in reversed(range(length.bit_length())) if length >> i & 1]
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of the last axis, block by block; its own inverse.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[..., D]`` floating.
+
+    Returns
+    -------
+    Tensor
+        Of the same shape and dtype.
+    """
+    parts = []
+    for part in x.split(blocks(x.shape[-1]), -1):
+        size = part.shape[-1]
+        half = 1
+        while half < size:
+            pair = part.unflatten(-1, (-1, 2, half))
+            first, second = pair[..., 0, :], pair[..., 1, :]
+            part = torch.stack([first + second, first - second], -2).flatten(-3)
+            half *= 2
+        parts.append(part / sqrt(size))
+    return torch.cat(parts, -1)
+
+
+class Rotation(Tier):
+    """``x = scale * signs * H(levels[code])`` for each token, ``H`` the Hadamard transform along ``head_dim``.
+
+    The rotation makes a token's numbers nearly normal whatever they were, so that one codebook, made for the normal
+    distribution, fits all.
+
+    Payload: ``codes`` uint8 ``[n, B, H, P, D * bits / 8]``, packed; ``scale`` float16 ``[n, B, H, P]``, the token's
+    norm over ``sqrt(D)``.
+    """
+
+    Config = RotationConfig
+
+    def __init__(self, config: TierConfig, tools: Tools) -> None:
+        super().__init__(config, tools)
+        self.error = 1.05 * sqrt(distortion(self.config.bits))
+        self.constants: dict[str, Tensor] = {}
+
+    def signs(self, x: Tensor) -> Tensor:
+        """Random signs ``[D]`` float32 on the device of `x`, made once."""
+        key = f"signs.{x.shape[-1]}.{x.device}"
+        if key not in self.constants:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            bits = torch.randint(0, 2, (x.shape[-1],), generator=generator)
+            self.constants[key] = (2.0 * bits - 1.0).to(x.device)
+        return self.constants[key]
+
+    def levels(self, device: torch.device) -> Tensor:
+        """The codebook ``[2 ** bits]`` float32 on a device, made once."""
+        key = f"levels.{device}"
+        if key not in self.constants:
+            self.constants[key] = torch.tensor(codebook(self.config.bits), device=device)
+        return self.constants[key]
+
+    def encode(self, x: Tensor, role: Role) -> Payload:
+        scale = x.square().mean(-1).sqrt().to(torch.float16)
+        step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
+        levels = self.levels(x.device)
+        codes = torch.bucketize(hadamard(x * self.signs(x)) / step, (levels[1:] + levels[:-1]) / 2)
+        return {"codes": pack(codes.to(torch.uint8), self.config.bits), "scale": scale}
+
+    def decode(self, payload: Payload, role: Role) -> Tensor:
+        codes = unpack(payload["codes"], self.config.bits)
+        x = hadamard(self.levels(codes.device)[codes.int()])
+        return x * self.signs(x) * payload["scale"].float().unsqueeze(-1)
+
+    def bits(self, role: Role, page_size: int, head_dim: int) -> float:
+        width: int = self.config.bits
+        return width + 16 / head_dim
+
+    def check(self, role: Role, page_size: int, head_dim: int) -> None:
+        check_packing("rotation", self.config.bits, head_dim)
+
+    def shared(self) -> dict[str, Tensor]:
+        return dict(self.constants)
