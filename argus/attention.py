@@ -150,7 +150,7 @@ def answer(query: Query, parts: Sequence[Part]) -> Partial:
     total = weights.sum(-1, keepdim=True)
     mixed = [part.mix(weight) for part, weight in zip(parts, weights.split(widths, -1), strict=True)]
     held = [out for out in mixed if out is not None]
-    out = held[0]
+    out = held[0] if held else torch.zeros_like(query.rows)
     for other in held[1:]:
         out += other
     lse = (total.log() + highest).squeeze(-1)
@@ -168,7 +168,10 @@ def answer_bounded(query: Query, parts: Sequence[Part], budget: int = DENSE_BUDG
             used = 0
         batches[-1].append(part)
         used += part.tokens
-    return merge([answer(query, batch) for batch in batches])
+    whole = answer(query, batches[0])
+    for batch in batches[1:]:
+        whole = merge([whole, answer(query, batch)])
+    return whole
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

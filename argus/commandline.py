@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 INFORMATION = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--cfg", "-c"}
+"""Flags of Hydra whose next word is no override."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class Command:
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Command:
         """Sort `arguments` into overrides and flags, as Hydra does."""
-        overrides = tuple(word for word in arguments if (not word.startswith("-") and "=" in word) or word.startswith("~"))
+        flags = ("", *arguments)
+        overrides = tuple(
+            word for flag, word in zip(flags, arguments, strict=False) if not word.startswith("-") and flag not in VALUED
+        )
         multirun = any(word in ("-m", "--multirun") for word in arguments)
         runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
         return cls(tuple(arguments), overrides, multirun and runs, runs)
@@ -37,6 +42,7 @@ def check(command: Command) -> None:
     """
     from argus.build import build
     from argus.config import RunConfig, compose, validate
+    from argus.models import look
     from argus.policies.base import TextFacts
     from argus.runner import choose
 
@@ -44,13 +50,13 @@ def check(command: Command) -> None:
     for overrides in combinations(words):
         config = validate(RunConfig, compose(overrides))
         choose(config)
-        build(config.cache(), head_dim=None, text=TextFacts(line_ends=(0,)))
+        build(config.cache(), look(config.model), text=TextFacts(line_ends=(0,)))
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:
     """Overrides of single runs that together hold every value of every sweep once."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     from argus.errors import ConfigError
 
@@ -58,8 +64,9 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     for word in words:
         try:
             parsed = OverridesParser.create().parse_override(word)
-        except OverrideParseException as error:
-            raise ConfigError(f"'{word}' does not parse: {' '.join(str(error).split())}") from error
+        except HydraException as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"'{word}' does not parse: {text}; allowed: name=value, +name=value, ~name") from error
         if parsed.is_sweep_override() and not parsed.is_discrete_sweep():
             raise ConfigError(f"'{word}': only lists of values can be swept here, as in tiers=int8,int4")
         values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]

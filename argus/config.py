@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -150,13 +151,19 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     paths = config_paths()
     searched = [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
-    with initialize_config_module("argus.conf", version_base="1.3"):
+    outer = get_gh_backup()  # The program may use a Hydra of its own.
+    GlobalHydra.instance().clear()
+    with ExitStack() as stack:
+        stack.callback(restore_gh_from_backup, outer)
+        stack.enter_context(initialize_config_module("argus.conf", version_base="1.3"))
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched])
             return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]

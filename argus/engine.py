@@ -353,6 +353,8 @@ class LayerCache:
                 yield "outliers", tensor
         for tensor in self.window.tensors():
             yield "window", tensor
+        for segment in self._segments or ():
+            yield "index", segment.positions
 
 
 def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int) -> None:

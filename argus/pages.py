@@ -152,8 +152,8 @@ class Window:
         parts = self.parts()
         if parts[0][0].shape[2] >= tokens:
             return parts[0][0][:, :, :tokens], parts[0][1][:, :, :tokens]
-        wide = parts[1][0].dtype
-        keys, values = (torch.cat([part[i].to(wide) for part in parts], 2)[:, :, :tokens] for i in (0, 1))
+        wide, rest = parts[1][0].dtype, tokens - parts[0][0].shape[2]
+        keys, values = (torch.cat([parts[0][i].to(wide), parts[1][i][:, :, :rest]], 2) for i in (0, 1))
         return keys, values
 
     def drop(self, tokens: int) -> None:
@@ -185,9 +185,13 @@ class Window:
         if begin == 0 and len(kept) == 1 and self.used and self.fresh is None:
             self.used = end
             return
-        wide = kept[-1][0].dtype
-        keys, values = (torch.cat([part[i].to(wide) for part in kept], 2) if len(kept) > 1 else kept[0][i] for i in (0, 1))
-        self.buffer, self.used, self.fresh = None, 0, (keys, values)
+        if len(kept) == 1 or self.buffer is None:
+            self.buffer, self.used, self.fresh = None, 0, kept[0]
+            return
+        # What is left in the buffer moves to its front; what came after it stays as it came.
+        self.used, self.fresh = kept[0][0].shape[2], kept[1]
+        for whole, left in zip(self.buffer, kept[0], strict=True):
+            whole[:, :, : self.used] = left.clone()
 
     def settle(self) -> None:
         """Move what was held as it came into a buffer with room for the next tokens, in the window's dtype."""

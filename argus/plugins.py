@@ -25,6 +25,7 @@ BUILTIN = (
     "argus.policies.anchors",
     "argus.policies.outliers",
     "argus.backends.cpu",
+    "argus.backends.triton",
 )
 COMMANDS = (
     "argus.caches",
@@ -52,7 +53,7 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
         manager.register(import_module(name), name)
     _load_entry_points(manager)
     for plugin in extra:
-        manager.register(plugin)
+        manager.register(plugin, getattr(plugin, "__name__", None) or f"{type(plugin).__module__}.{type(plugin).__qualname__}")
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from argus import plugins
@@ -74,7 +73,6 @@ def execute(config: RunConfig, folder: Path) -> list[Row]:
         loaded = load(config.model)
         plan = make_plan(loaded.model, config.cache(), loaded.tokenizer)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(config.seed)
         run = Run(config, loaded.model, loaded.tokenizer, loaded.device, plan, parts.caches, folder, tell, stream)
         for listener in parts.listeners:
             listener.start(run)

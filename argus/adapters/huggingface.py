@@ -265,6 +265,8 @@ def activate(model: Any) -> None:
     facts(model)
     if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
         return
+    if hasattr(model, "_argus_before"):
+        model._argus_before[1].remove()
     AttentionInterface.register(NAME, argus_attention)
     AttentionMaskInterface.register(NAME, argus_mask)
     before = model.config._attn_implementation

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 
+from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.steps import decode, feed, ids_of, memory
@@ -37,6 +38,8 @@ def puzzle(tokenizer: Any, length: int, seed: int) -> Puzzle:
         tokenizer(text, add_special_tokens=False).input_ids for text in (HEAD, FILLER, NEEDLE.format(key=key), QUESTION)
     )
     room = length - len(head) - len(needle)
+    if room < 0:
+        raise ConfigError(f"task.lengths: {length} tokens have no room for the key; allowed: {length - room} or more")
     before = int(room * depth) // len(unit) * len(unit)
     filler = unit * (room // len(unit) + 1)
     return Puzzle(head + filler[:before] + needle + filler[: room - before], question, key)

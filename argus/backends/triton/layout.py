@@ -5,15 +5,15 @@ a warp needs for the integer tensor core instruction ``mma.m16n8k32`` (PTX ISA 9
 16-byte pieces, coalesced over the lanes, so that a mask is all that stands between a load and the tensor core. Other pages
 are kept as the CPU backend keeps them (*planar*).
 
-A block of 64 tokens and ``D`` channels is ``D / 2`` *words* a lane, of four codes each; lane ``4 * g + t``, ``g < 8``, ``t < 4``:
+A block of 64 tokens and ``D`` channels is ``D / 2`` *words* a lane, four codes each; lane ``4 * g + t``, ``g < 8``, ``t < 4``:
 
-- axis ``channel`` (the tensor core sums over channels): word ``(i, s, h, a)`` (``i < 4``, ``s < D / 32``, ``h``, ``a < 2``),
+- axis ``channel`` (the tensor core sums over channels): word ``(i, s, h, a)``, ``i < 4``, ``s < D / 32``, ``h, a < 2``,
   byte ``c`` is the code of token ``8 g + 2 i + a`` and channel ``t D / 4 + 8 s + 4 h + c``;
-- axis ``token`` (it sums over tokens): word ``(i, s, h, a)`` (``i < D / 16``, ``s``, ``h``, ``a < 2``), byte ``c`` is the code of
+- axis ``token`` (it sums over tokens): word ``(i, s, h, a)``, ``i < D / 16``, ``s, h, a < 2``, byte ``c`` is the code of
   token ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` and channel ``16 i + 8 a + g``.
 
 Words are cut into planes of ``b`` bits (:data:`argus.backends.base.PLANES`); word ``k`` lies in field ``k % (8 / b)`` of every
-byte of stored word ``k / (8 / b)``. Stored words ``w`` of a plane lie at ``(w / v, lane, w % v)``, ``v`` as many as 16 bytes take.
+byte of stored word ``k / (8 / b)``. Stored words ``w`` of a plane lie at ``(w / v, lane, w % v)``, ``v`` up to 16 bytes.
 """
 
 from __future__ import annotations

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from argus import hookimpl
-from argus.tiers.base import Tier
-from argus_rotation.tier import Rotation
+
+if TYPE_CHECKING:
+    from argus.tiers.base import Tier
 
 
 @hookimpl
 def argus_tiers() -> dict[str, type[Tier]]:
+    # Imported when a cache is built: the command line loads plugins for their config paths alone.
+    from argus_rotation.tier import Rotation
+
     return {"rotation": Rotation}
 
 

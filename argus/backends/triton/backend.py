@@ -1,0 +1,83 @@
+"""The Triton backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from argus.attention import Query, answer_bounded
+from argus.backends.base import Affine, Dense, Float8, Payload, Segment, grouped
+from argus.backends.cpu import CpuBackend, PagePart
+from argus.backends.triton import layout
+from argus.backends.triton.tables import Tables
+
+DECODE = 8
+"""Query tokens up to which the fused kernels answer; longer chunks decode a bounded block at a time."""
+ROWS = 128
+"""Rows (query heads a key-value head times query tokens) that they take."""
+LOG2E = 1.4426950408889634
+
+
+class TritonBackend(CpuBackend):
+    """Kernels where there is one, and otherwise the CPU backend's torch operations on the GPU.
+
+    Codes are stored as ``layout.py`` tells: ``[n, B, H, P * D * bits / 8]`` in fragment order, else
+    ``[n, B, H, P, D * bits / 8]``.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.tables = Tables()
+
+    def quantize(self, x: Tensor, form: Affine) -> Payload:
+        from argus.backends.triton import codec
+
+        return codec.quantize(x, form)
+
+    def affine(self, codes: Tensor, scale: Tensor, zero: Tensor, form: Affine) -> Payload:
+        from argus.backends.triton import codec
+
+        return {"codes": codec.pack(codes, form.bits, form.axis), "scale": scale, "zero": zero}
+
+    def dequantize(self, payload: Payload, form: Affine) -> Tensor:
+        from argus.backends.triton import codec
+
+        page, dim = codec.shape_of(payload, form)
+        if codec.one_block(page, dim):
+            return codec.dequantize(payload, form)
+        codes = layout.unpack(payload["codes"].view(torch.uint8), form.bits, form.axis, page, dim)
+        x = (codes.view(torch.int8) if form.symmetric else codes).float()
+        parts, along = grouped(x, form.axis, form.group)
+        parts.mul_(payload["scale"].float().unsqueeze(along))
+        if not form.symmetric:
+            parts.add_(payload["zero"].float().unsqueeze(along))
+        return x
+
+    def to_fp8(self, x: Tensor, form: Float8) -> Payload:
+        from argus.backends.triton import codec
+
+        return codec.to_fp8(x, form)
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        from argus.backends.triton import codec
+
+        return codec.project(x, matrix)
+
+    def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
+        if query.length > DECODE or query.rows.shape[2] > ROWS:
+            return super().attend(query, segments, dense, sinks)
+        from argus.backends.triton import launch
+
+        pages = self.tables.of(segments)
+        jobs = [launch.plan(query, part) for part in (*pages.runs, *(part for part in dense if part.keys.shape[2]))]
+        work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
+        slot = launch.answer_all(query, jobs, work)
+        for place in pages.others:
+            out, lse = answer_bounded(query, [PagePart(segments[place])])
+            work.out[:, slot] = out.flatten(0, 1)
+            work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
+            slot += 1
+        return launch.merge(query, work, sinks)

@@ -1,0 +1,183 @@
+"""Where the pages of a stage lie: what kernels need to read them in place, made once while pages stay."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argus.backends.base import Affine, Float8, Payload, Plain, Projected, Segment
+
+FIELDS = 9
+"""Addresses a page: codes, scale and zero of keys, the same of values, exact marks, means of keys and of values."""
+NAMES = ("codes", "scale", "zero")
+COEFFICIENTS = "coefficients."
+"""How the names of a projected page's coefficients begin."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pages of one stage that one launch answers for.
+
+    Attributes
+    ----------
+    key_form, value_form : Affine, Float8 or Plain
+    keys, values : dict of str to Tensor
+        The payload of the first pages, for its dtypes and shapes.
+    table : Tensor
+        ``[pages, 8]`` int64, addresses.
+    positions : Tensor
+        ``[pages]`` int64, in tokens.
+    page : int
+        Tokens a page.
+    last : int
+        The largest position held, in tokens.
+    exact : bool
+        Whether tokens may be answered elsewhere.
+    matrices : tuple of Tensor
+        Projections ``[M, P]`` float32 of keys and of values, where pages are projected.
+    """
+
+    key_form: object
+    value_form: object
+    keys: Payload
+    values: Payload
+    table: Tensor
+    positions: Tensor
+    page: int
+    last: int
+    exact: bool
+    matrices: tuple[Tensor, ...] = ()
+
+    @property
+    def pages(self) -> int:
+        """Pages held."""
+        return self.table.shape[0]
+
+
+def projection_readable(form: Projected, payload: Payload, page: int) -> bool:
+    """Whether a kernel reads projected pages: 64 tokens in 16 rows of 4-bit codes with a scale and a zero a row."""
+    inner, dim = form.inner, payload["mean"].shape[-1]
+    known = isinstance(inner, Affine) and inner == Affine(4, "token", inner.group) and inner.group in (None, dim)
+    return known and (page, page // form.ratio) == (64, 16) and dim % 64 == 0
+
+
+def readable(segment: Segment) -> bool:
+    """Whether kernels read this segment in place."""
+    if segment.patch is not None or not segment.positions.numel():
+        return False
+    forms = []
+    for tier, role, payload in ((segment.key_tier, "keys", segment.keys), (segment.value_tier, "values", segment.values)):
+        form = tier.form(role)
+        forms.append(form)
+        if isinstance(form, Projected):
+            if not projection_readable(form, payload, segment.page_size):
+                return False
+            continue
+        if not isinstance(form, (Affine, Float8, Plain)):
+            return False
+        if not all(tensor[0].is_contiguous() for tensor in payload.values()):
+            return False
+        if isinstance(form, Plain) and payload["codes"].dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return False
+    ratios = {form.ratio if isinstance(form, Projected) else 0 for form in forms}
+    return len(ratios) == 1 and (segment.exact is None or segment.exact[0].is_contiguous())
+
+
+def same_stage(first: Segment, second: Segment) -> bool:
+    """Whether one launch may answer for both."""
+    return (
+        first.key_tier is second.key_tier
+        and first.value_tier is second.value_tier
+        and first.page_size == second.page_size
+        and (first.exact is None) == (second.exact is None)
+        and all(
+            a[name].dtype == b[name].dtype and a[name].shape[1:] == b[name].shape[1:]
+            for a, b in ((first.keys, second.keys), (first.values, second.values))
+            for name in a
+        )
+    )
+
+
+def parts_of(payload: Payload) -> Payload:
+    """Codes, scales and zeros by their plain names."""
+    return {name.removeprefix(COEFFICIENTS): tensor for name, tensor in payload.items()}
+
+
+def make_run(segments: Sequence[Segment]) -> Run:
+    """The table of segments of one stage."""
+    first = segments[0]
+    columns = []
+    for segment in segments:
+        pages = torch.arange(segment.positions.numel())
+        rows = torch.zeros(len(pages), FIELDS, dtype=torch.int64)
+        kept = [parts_of(payload).get(name) for payload in (segment.keys, segment.values) for name in NAMES]
+        means = [payload.get("mean") for payload in (segment.keys, segment.values)]
+        for place, tensor in enumerate([*kept, segment.exact, *means]):
+            if tensor is not None:
+                rows[:, place] = tensor.data_ptr() + pages * (tensor.stride(0) * tensor.element_size())
+        columns.append(rows)
+    key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
+    return Run(
+        key_form=key_form,
+        value_form=value_form,
+        keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
+        values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
+        table=torch.cat(columns).to(first.positions.device),
+        positions=torch.cat([segment.positions for segment in segments]).to(torch.int64),
+        page=first.page_size,
+        last=max(segment.last for segment in segments),
+        exact=first.exact is not None,
+        matrices=tuple(f.matrix(first.page_size, first.positions) for f in (key_form, value_form) if isinstance(f, Projected)),
+    )
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Segments sorted by who answers for them: a kernel for a run of pages, or the decoding of a block."""
+
+    runs: tuple[Run, ...]
+    others: tuple[int, ...]
+
+
+def sort(segments: Sequence[Segment]) -> Pages:
+    """Gather the segments of each stage; segments that no kernel reads are told by their place."""
+    groups: list[list[Segment]] = []
+    others = []
+    for place, segment in enumerate(segments):
+        if not readable(segment):
+            others.append(place)
+        elif groups and same_stage(groups[-1][0], segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return Pages(tuple(make_run(group) for group in groups), tuple(others))
+
+
+class Tables:
+    """What :func:`sort` returned for lists of segments that are still alive."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[tuple[weakref.ref[Segment], ...], Pages]] = {}
+
+    def of(self, segments: Sequence[Segment]) -> Pages:
+        """The tables of `segments`, made anew only when they are not those of the last time."""
+        if not segments:
+            return Pages((), ())
+        key = id(segments[0])
+        kept = self._held.get(key)
+        if kept is not None and len(kept[0]) == len(segments):
+            refs, pages = kept
+            if all(ref() is segment for ref, segment in zip(refs, segments, strict=True)):
+                return pages
+        pages = sort(segments)
+        forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
+        self._held[key] = ((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
+        return pages
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [tensor for _, pages in self._held.values() for run in pages.runs for tensor in (run.table, run.positions)]

@@ -1,0 +1,168 @@
+"""What the benchmarks share: shapes, ladders, timing, the FP16 kernels to compare with, and how results are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import argus.backends.triton
+from argus import plugins
+from argus.attention import Query
+from argus.build import build
+from argus.config import CacheConfig
+from argus.engine import LayerCache, Plan
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+"""One attention layer of Llama-3-8B."""
+BOUND = 2e-3
+"""Relative error beyond which no time is printed."""
+
+DEFAULT: dict[str, dict[str, Any]] = {
+    "fp16": {"tier": "fp16", "capacity": 64},
+    "fp8": {"tier": "fp8", "capacity": 64, "group_size": 32},
+    "int8": {"tier": "int8", "capacity": 64},
+    "int4": {"tier": "int4", "capacity": 384},
+    "int2": {"tier": "int2", "capacity": 128, "group_size": 32},
+    "sign": {"tier": "sign", "capacity": 64},
+    "jl": {"tier": "jl", "ratio": 4, "coefficients": {"tier": "int4", "axis": "token"}},
+}
+WINDOWS = {"default": {"window": 32}}
+LADDERS: dict[str, dict[str, dict[str, Any]]] = {
+    "exact": {"fp16": {"tier": "fp16"}},
+    "fp8": {"fp8": {"tier": "fp8"}},
+    **{name: {name: {"tier": name}} for name in ("int8", "int4", "int3", "int2", "sign")},
+    "jl": {"jl": DEFAULT["jl"]},
+    "default": DEFAULT,
+}
+
+
+def plan_of(ladder: str, backend: str = "triton", **options: Any) -> Plan:
+    """The plan of a ladder, with no anchors and no outliers."""
+    stages = LADDERS[ladder]
+    tiers = {"order": tuple(stages), "stages": stages, **WINDOWS.get(ladder, {}), **options}
+    config = {"tiers": tiers, "aging": {"policy": "fifo"}, "outliers": {"policy": "none"}, "backend": backend}
+    extra = () if "argus.backends.triton" in plugins.BUILTIN else (argus.backends.triton,)
+    return build(CacheConfig.model_validate(config), HEAD_DIM, torch.float16, "cuda", extra=extra)
+
+
+def filled(plan: Plan, batch: int, context: int) -> LayerCache:
+    """A layer that holds `context` random tokens, every channel of another size."""
+    cache = LayerCache(plan)
+    size = torch.rand(KV_HEADS, 1, HEAD_DIM, device="cuda") * 1.8 + 0.2
+    shape = (batch, KV_HEADS, context, HEAD_DIM)
+    keys, values = ((torch.randn(shape, device="cuda", dtype=torch.float16) * size).half() for _ in range(2))
+    cache.write(keys, values)
+    del keys, values
+    cache.age()
+    return cache
+
+
+def query_of(batch: int, steps: int, length: int) -> Query:
+    """Random queries of the last `steps` tokens."""
+    q = torch.randn(batch, QUERY_HEADS, steps, HEAD_DIM, device="cuda")
+    return Query.of(q, KV_HEADS, HEAD_DIM**-0.5, length - steps)
+
+
+def reference(cache: LayerCache, query: Query) -> Tensor:
+    """Attention in float64 over all that `cache` holds, block by block."""
+    rows = query.rows.double()
+    best = torch.full(rows.shape[:3], -math.inf, dtype=torch.float64, device=rows.device)
+    total, out = torch.zeros_like(best), torch.zeros_like(rows)
+    for keys, values in blocks(cache):
+        scores = rows @ keys.double().transpose(-1, -2)
+        new = torch.maximum(best, scores.amax(-1))
+        keep, weights = torch.exp(best - new), torch.exp(scores - new.unsqueeze(-1))
+        total = total * keep + weights.sum(-1)
+        out = out * keep.unsqueeze(-1) + weights @ values.double()
+        best = new
+    return out / total.unsqueeze(-1)
+
+
+def blocks(cache: LayerCache) -> Iterable[tuple[Tensor, Tensor]]:
+    """Keys and values ``[B, H, T, D]`` of all that is held, as attention is to see them."""
+    for segment in cache.segments():
+        keys = segment.key_tier.decode(segment.keys, "keys")
+        values = segment.value_tier.decode(segment.values, "values")
+        yield tuple(x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in (keys, values))  # type: ignore[misc]
+    for part in cache.dense():
+        yield part.keys, part.values
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative error in the Euclidean norm."""
+    return float((got.double() - want).norm() / want.norm())
+
+
+def microseconds(call: Callable[[], object], graph: bool = True, budget: int = 60) -> float:
+    """Median time of `call`, replayed from a CUDA graph."""
+    if graph:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.synchronize()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            call()
+        call = recorded.replay
+    return 1e3 * triton.testing.do_bench(call, warmup=10, rep=budget, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-6 * microseconds(lambda: target.copy_(source), graph=False))
+
+
+def fp16_times(batch: int, context: int, steps: int = 1) -> dict[str, float]:
+    """Microseconds of PyTorch's attention kernels on an FP16 cache, each in the ways it can be called."""
+    k, v = (torch.randn(batch, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.float16) for _ in range(2))
+    q = torch.randn(batch, QUERY_HEADS, steps, HEAD_DIM, device="cuda", dtype=torch.float16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    grouped = q.view(batch, KV_HEADS, -1, HEAD_DIM)
+    calls = {"grouped": lambda: attend(grouped, k, v), "gqa": lambda: attend(q, k, v, enable_gqa=True)}
+    times = {}
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        for form, call in calls.items():
+            try:
+                with sdpa_kernel(backend):
+                    times[f"{name}-{form}"] = microseconds(call)
+            except RuntimeError as refusal:
+                print(f"  {name}-{form}: {str(refusal).splitlines()[0]}")
+    return times
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    commit = os.environ.get("COMMIT", "")
+    if not commit:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() if found.returncode == 0 else "not known"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def keep(name: str, folder: Path, command: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write results as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"benchmark": name, "command": command, "machine": machine(), **facts, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,82 @@
+"""Encoding pages into each stage, and each demotion of the default ladder, beside the floor of the bytes they move.
+
+Run from the repository root: ``python -m benchmarks.encode [--pages 2048]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argus.backends.base import Payload
+from argus.tiers.base import ROLES, Role, Tier
+from benchmarks import common
+
+
+def size_of(payload: Payload) -> int:
+    """Bytes of a payload."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
+
+
+def check(tier: Tier, oracle: Tier, x: Tensor, role: Role) -> float:
+    """Largest relative difference of what a tier and the CPU oracle decode; raises if codes differ."""
+    got = tier.decode(tier.encode(x[:4], role), role).cpu().double()
+    want = oracle.decode(oracle.encode(x[:4].cpu(), role), role).double()
+    wrong = common.error(got, want)
+    if not wrong <= 1e-3:
+        raise SystemExit(f"{type(tier).__name__} {role}: differs from the oracle by {wrong:.2e}; no time is told")
+    return wrong
+
+
+def demote(first: Tier, second: Tier, role: Role, held: Payload) -> Payload:
+    """Pages of one stage encoded for the next, as the engine does it."""
+    return second.encode(first.decode(held, role), role)
+
+
+def row(name: str, role: str, time: float, moved: int, bandwidth: float, **more: Any) -> dict[str, Any]:
+    """One row of results, also printed."""
+    percent = round(100 * 1e6 * moved / bandwidth / time, 1)
+    print(f"  {name:16s} {role:7s} {time:9.1f} us  {percent:5.1f} % of floor", flush=True)
+    return {"what": name, "role": role, "us": round(time, 2), "bytes": moved, "percent_of_floor": percent, **more}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pages", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = common.copy_bandwidth()
+    ladders = [name for name in common.LADDERS if name != "default"]
+    x = torch.randn(options.pages, 1, common.KV_HEADS, 64, common.HEAD_DIM, device="cuda")
+    x *= torch.rand(common.HEAD_DIM, device="cuda") + 0.2
+    rows = []
+    for ladder in ladders:
+        stage, oracle = common.plan_of(ladder).stages[0], common.plan_of(ladder, backend="cpu").stages[0]
+        for role in ROLES:
+            tier = stage.tier(role)
+            wrong = check(tier, oracle.tier(role), x, role)
+            moved = x.numel() * x.element_size() + size_of(tier.encode(x, role))
+            time = common.microseconds(partial(tier.encode, x, role))
+            rows.append(row(f"to {ladder}", role, time, moved, bandwidth, error=wrong))
+    stages = common.plan_of("default").stages
+    for first, second in pairwise(stages):
+        for role in ROLES:
+            held = first.tier(role).encode(x, role)
+            moved = size_of(held) + size_of(second.tier(role).encode(x, role))
+            name = f"{first.facts.name} to {second.facts.name}"
+            time = common.microseconds(partial(demote, first.tier(role), second.tier(role), role, held))
+            rows.append(row(name, role, time, moved, bandwidth))
+    common.keep("encode", options.out, shlex.join(sys.argv), {"copy_bandwidth": bandwidth, "pages": options.pages}, rows)
+
+
+if __name__ == "__main__":
+    main()

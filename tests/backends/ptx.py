@@ -1,0 +1,98 @@
+"""The few PTX instructions that kernels use, in NumPy: the Triton interpreter knows no inline assembly.
+
+Semantics: PTX ISA 9.7 (``prmt``, ``shfl.sync``, ``movmatrix``, ``ld.global``) and its fragment layouts of ``mma.m16n8k32``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+G, T = np.arange(32) // 4, np.arange(32) % 4
+
+
+def inline_asm(
+    asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int, **_: object
+) -> tl.tensor | tuple[tl.tensor, ...]:
+    """Stands for ``triton.language.inline_asm_elementwise`` on tensors of 32 lanes."""
+    arrays = [np.broadcast_to(np.asarray(arg.handle.data), (32,)) for arg in args]
+    name = asm.split()[0]
+    if name.startswith("ld.global"):
+        width = {"v4": 4, "v2": 2}.get(name.split(".")[3], 1)
+        words = np.stack([np.frombuffer(ctypes.string_at(int(at), 4 * width), np.int32) for at in arrays[0]])
+        assert all(int(at) % (4 * width) == 0 for at in arrays[0])
+        results = [words[:, i] for i in range(width)]
+    elif name == "prmt.b32":
+        results = [prmt(*arrays)]
+    elif name.startswith("shfl.sync.bfly"):
+        results = [arrays[0][np.arange(32) ^ int(asm.split(", ")[2])]]
+    elif name.startswith("shfl.sync.idx"):
+        results = [arrays[0][arrays[1]]]
+    elif name.startswith("movmatrix"):
+        halves = np.ascontiguousarray(arrays[0]).view(np.int16).reshape(8, 8)
+        results = [np.ascontiguousarray(halves.T).reshape(-1).view(np.int32)]
+    elif name.startswith("mma.sync.aligned.m16n8k32"):
+        results = mma(arrays, np.int8 if ".s32.s8." in name else np.uint8)
+    elif name.startswith("mma.sync.aligned.m16n8k16"):
+        results = mma16(arrays, bf16="bf16" in name)
+    else:
+        raise NotImplementedError(asm)
+    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+    outs = tuple(
+        tl.tensor(TensorHandle(np.ascontiguousarray(result), kind), tl.block_type(kind, [32]))
+        for result, kind in zip(results, kinds, strict=True)
+    )
+    return outs if isinstance(dtype, tuple) else outs[0]
+
+
+def as_bytes(x: np.ndarray, kind: type = np.uint8) -> np.ndarray:
+    return np.ascontiguousarray(x.astype(np.int32)).view(kind).reshape(32, 4)
+
+
+def prmt(a: np.ndarray, b: np.ndarray, which: np.ndarray) -> np.ndarray:
+    pool = np.concatenate([as_bytes(a), as_bytes(b)], 1)
+    picks = np.stack([(which >> (4 * i)) & 7 for i in range(4)], 1)
+    return np.ascontiguousarray(np.take_along_axis(pool, picks, 1)).view(np.int32)[:, 0]
+
+
+def mma(args: Sequence[np.ndarray], kind: type) -> list[np.ndarray]:
+    a, b, c = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64), np.zeros((16, 8), np.int64)
+    for r in range(4):
+        for i in range(4):
+            a[G + 8 * (r % 2), 16 * (r // 2) + 4 * T + i] = as_bytes(args[r], kind)[:, i]
+    for r in range(2):
+        for i in range(4):
+            b[16 * r + 4 * T + i, G] = as_bytes(args[4 + r], np.int8)[:, i]
+    for r in range(4):
+        c[G + 8 * (r // 2), 2 * T + r % 2] = args[6 + r]
+    d = a @ b + c
+    assert np.abs(d).max() < 1 << 31
+    return [d[G + 8 * (r // 2), 2 * T + r % 2].astype(np.int32) for r in range(4)]
+
+
+def shorts(x: np.ndarray, bf16: bool) -> np.ndarray:
+    """The two 16-bit numbers of each word, float32."""
+    words = np.ascontiguousarray(x.astype(np.int32))
+    if bf16:
+        return (words.view(np.uint16).reshape(32, 2).astype(np.uint32) << 16).view(np.float32)
+    return words.view(np.float16).reshape(32, 2).astype(np.float32)
+
+
+def mma16(args: Sequence[np.ndarray], bf16: bool) -> list[np.ndarray]:
+    a, b, c = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32), np.zeros((16, 8), np.float32)
+    halves = [shorts(x, bf16) for x in args[:6]]
+    for r in range(4):
+        for i in range(2):
+            a[G + 8 * (r % 2), 8 * (r // 2) + 2 * T + i] = halves[r][:, i]
+    for r in range(2):
+        for i in range(2):
+            b[8 * r + 2 * T + i, G] = halves[4 + r][:, i]
+    for r in range(4):
+        c[G + 8 * (r // 2), 2 * T + r % 2] = args[6 + r]
+    d = a @ b + c
+    return [d[G + 8 * (r // 2), 2 * T + r % 2].astype(np.float32) for r in range(4)]

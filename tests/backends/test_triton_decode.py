@@ -1,0 +1,361 @@
+"""Decode attention of the Triton backend against the CPU backend in float64."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from argus.attention import Query  # noqa: E402
+from argus.backends.base import Affine, Dense, Float8, Plain, Projected, Segment  # noqa: E402
+from argus.backends.triton import launch, tuning  # noqa: E402
+from argus.backends.triton.backend import TritonBackend  # noqa: E402
+from tests.backends import ptx  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+BOUND = 2e-3
+
+
+class Kept:
+    """A tier as the backend sees it: a form, and codes made by the backend itself."""
+
+    def __init__(self, backend: TritonBackend, form: object, dtype: torch.dtype = torch.float16) -> None:
+        self.backend, self.kept, self.dtype = backend, form, dtype
+
+    def form(self, role: str) -> object:
+        return self.kept
+
+    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(self.kept, Affine):
+            return self.backend.quantize(x, self.kept)
+        if isinstance(self.kept, Float8):
+            return self.backend.to_fp8(x, self.kept)
+        return {"codes": x.to(self.dtype)}
+
+    def decode(self, payload: dict[str, torch.Tensor], role: str) -> torch.Tensor:
+        if isinstance(self.kept, Affine):
+            return self.backend.dequantize(payload, self.kept)
+        if isinstance(self.kept, Float8):
+            return self.backend.from_fp8(payload, self.kept)
+        return payload["codes"].float()
+
+
+class Case:
+    """Random pages in segments, exact tokens, and queries of one attention call."""
+
+    def __init__(
+        self,
+        key: object,
+        value: object,
+        page: int = 64,
+        dim: int = 64,
+        counts: tuple[int, ...] = (3, 2),
+        batch: int = 2,
+        heads: int = 2,
+        groups: int = 2,
+        steps: int = 1,
+        exact: bool = False,
+        window: int = 20,
+        dtype: torch.dtype = torch.float16,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.backend = TritonBackend()
+        self.tiers = [Kept(self.backend, form, dtype) for form in (key, value)]
+        self.heads, self.groups, self.steps, self.page = heads, groups, steps, page
+        self.segments = []
+        done = 0
+        for count in counts:
+            x = [self.random(count, batch, heads, page, dim) for _ in range(2)]
+            for one in x:
+                one *= 0.3 + torch.rand(dim, generator=self.generator).to(DEVICE) * 2
+                one *= 0.3 + torch.rand(page, 1, generator=self.generator).to(DEVICE) * 2
+            marks = self.random(count, batch, heads, page) > 1.0 if exact else None
+            keys, values = (tier.encode(one) for tier, one in zip(self.tiers, x, strict=True))
+            positions = (torch.arange(count) + done).to(DEVICE) * page
+            last = (done + count) * page - 1
+            self.segments.append(Segment(*self.tiers, keys, values, positions, last, page, marks))
+            done += count
+        start = done * page
+        keys, values = (self.random(batch, heads, window + steps + 5, dim).to(dtype)[:, :, : window + steps] for _ in range(2))
+        self.dense = [Dense(keys, values, start, start + window + steps - 1)]
+        self.length = start + window + steps
+        if exact:
+            positions = torch.randint(0, start, (batch, heads, 9), generator=self.generator, dtype=torch.int32)
+            positions[0, 1, 4:] = -1
+            kept = (self.random(batch, heads, 9, dim).to(dtype) for _ in range(2))
+            self.dense.append(Dense(*kept, 0, start - 1, positions.to(DEVICE), True))
+        q = self.random(batch, heads * groups, steps, dim)
+        self.query = Query.of(q, heads, dim**-0.5, self.length - steps)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(DEVICE)
+
+    def expected(self, query: Query, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention in float64 over everything decoded."""
+        keys, values, positions = [], [], []
+        batch, heads = query.rows.shape[:2]
+        for segment in self.segments:
+            for x, out, tier, role in (
+                (segment.keys, keys, segment.key_tier, "keys"),
+                (segment.values, values, segment.value_tier, "values"),
+            ):
+                out.append(tier.decode(x, role).double().permute(1, 2, 0, 3, 4).flatten(2, 3))
+            at = (segment.positions[:, None] + torch.arange(self.page, device=DEVICE)).flatten().expand(batch, heads, -1)
+            if segment.exact is not None:
+                at = at.masked_fill(segment.exact.permute(1, 2, 0, 3).flatten(2), -1)
+            positions.append(at)
+        for part in self.dense:
+            keys.append(part.keys.double())
+            values.append(part.values.double())
+            steps = torch.arange(part.start, part.start + part.keys.shape[2], device=DEVICE)
+            positions.append(steps.expand(batch, heads, -1) if part.positions is None else part.positions.long())
+        k, v, at = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(positions, 2)
+        scores = query.rows.double() @ k.transpose(-1, -2)
+        if query.softcap is not None:
+            scores = torch.tanh(scores / query.softcap) * query.softcap
+        seen = query.visible(at, 1 << 40)
+        if seen.dtype != torch.bool:
+            scores = scores + seen.double()
+            seen = seen > torch.finfo(seen.dtype).min
+        scores = scores.masked_fill(~(seen & (at >= 0).unsqueeze(-2)), float("-inf"))
+        if sinks is not None:
+            more = sinks.double().view(1, heads, -1, 1).expand(batch, heads, query.groups, query.length).flatten(2)
+            scores = torch.cat([scores, more.unsqueeze(-1)], -1)
+            v = torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
+        return torch.softmax(scores, -1).nan_to_num() @ v
+
+    def check(self, query: Query | None = None, sinks: torch.Tensor | None = None, bound: float = BOUND) -> None:
+        query = query or self.query
+        got = self.backend.attend(query, self.segments, self.dense, sinks).double()
+        want = self.expected(query, sinks)
+        assert torch.isfinite(got).all()
+        assert float((got - want).norm() / want.norm()) <= bound
+
+
+@pytest.fixture(autouse=True)
+def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter knows no inline assembly."""
+    if not CUDA:
+        monkeypatch.setattr(launch.tl, "inline_asm_elementwise", ptx.inline_asm)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the kernels do not write is NaN."""
+
+    def poisoned(self: type, query: Query, slots: int) -> launch.Workspace:
+        batch, heads, rows, dim = query.rows.shape
+        shape = (batch * heads, slots, rows)
+        return launch.Workspace(
+            torch.full((*shape, dim), float("nan"), device=DEVICE), torch.full(shape, float("nan"), device=DEVICE)
+        )
+
+    monkeypatch.setattr(launch.Workspace, "of", classmethod(poisoned))
+
+
+FORMS = {
+    "plain": Plain(),
+    "fp8": Float8("channel", 32),
+    "fp8-token": Float8("token"),
+    "int8": Affine(8, "channel", symmetric=True),
+    "int8-token": Affine(8, "token", symmetric=True),
+    "int4": Affine(4, "channel"),
+    "int4-token": Affine(4, "token"),
+    "int4-group": Affine(4, "channel", 32),
+    "int4-token-group": Affine(4, "token", 16),
+    "int3": Affine(3, "channel"),
+    "int3-token": Affine(3, "token"),
+    "int2": Affine(2, "channel"),
+    "int2-token": Affine(2, "token"),
+    "sign": Affine(1, "channel"),
+    "sign-token": Affine(1, "token"),
+    "int7": Affine(7, "channel"),
+    "int7-token": Affine(7, "token"),
+}
+PAIRS = [
+    ("plain", "plain"),
+    ("fp8", "fp8-token"),
+    ("fp8", "int2-token"),
+    ("int8", "int8-token"),
+    ("int4", "int4-token"),
+    ("int4", "int2-token"),
+    ("int4-group", "int4-token-group"),
+    ("int4-token", "int4"),
+    ("int3", "int3-token"),
+    ("int2", "int2-token"),
+    ("sign", "sign-token"),
+    ("int7", "int7-token"),
+    ("plain", "int3-token"),
+    ("int2", "plain"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PAIRS)
+def test_forms(key: str, value: str) -> None:
+    case = Case(FORMS[key], FORMS[value], exact=True, seed=len(key))
+    case.check()
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("registers", [None, 96])
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_choices_of_tuning(monkeypatch: pytest.MonkeyPatch, bits: int, registers: int | None, prefetch: bool) -> None:
+    monkeypatch.setattr(tuning, "prefetch", lambda *_: prefetch)
+    monkeypatch.setattr(tuning, "code_registers", lambda *_: registers)
+    monkeypatch.setattr(tuning, "code_warps", lambda *_: 3)
+    Case(Affine(bits, "channel"), Affine(bits, "token"), counts=(3,), batch=1, heads=1, exact=False).check()
+
+
+@pytest.mark.parametrize("dim", [80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_head_dims(dim: int, bits: int) -> None:
+    case = Case(Affine(bits, "channel"), Affine(bits, "token"), dim=dim, counts=(2,), batch=1, groups=4, seed=dim)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("page", "key", "value"), [(24, "int4", "int4-token"), (128, "int2", "int2-token"), (16, "plain", "int8")]
+)
+def test_page_sizes(page: int, key: str, value: str) -> None:
+    Case(FORMS[key], FORMS[value], page=page, exact=True, seed=page).check()
+
+
+@pytest.mark.parametrize(("groups", "steps"), [(1, 1), (3, 2), (4, 1), (4, 8), (7, 1), (8, 8)])
+def test_groups_and_steps(groups: int, steps: int) -> None:
+    Case(FORMS["int4"], FORMS["int2-token"], counts=(2,), batch=1, groups=groups, steps=steps, seed=groups).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_exact_dtypes(dtype: torch.dtype) -> None:
+    case = Case(Plain(), Plain(), dtype=dtype, exact=True)
+    case.check(bound=1e-5 if dtype == torch.float32 else BOUND)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", ["padding", "per-head", "additive", "additive-min"])
+def test_masks(kind: str, steps: int) -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"], exact=True, steps=steps, seed=3)
+    batch, heads = 2, case.heads * case.groups
+    causal = torch.ones(batch, heads if kind == "per-head" else 1, steps, case.length, dtype=torch.bool)
+    causal = causal.tril(case.length - steps)
+    causal[0, :, :, :77] = False
+    causal[1, :, :, :70] = False
+    if kind == "per-head":
+        causal[:, 1, :, 100:140] = False
+    mask = causal.to(DEVICE)
+    if kind.startswith("additive"):
+        dtype = torch.float16 if kind == "additive-min" else torch.float32
+        noise = torch.randn(mask.shape, generator=case.generator).to(DEVICE, dtype)
+        lowest = torch.finfo(dtype).min if kind == "additive-min" else float("-inf")
+        mask = noise.masked_fill(~mask, lowest)
+    q = case.query
+    case.check(Query(q.rows, q.start, q.length, mask))
+
+
+def test_a_row_that_sees_nothing_is_zero() -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"])
+    mask = torch.zeros(2, 1, 1, case.length, dtype=torch.bool, device=DEVICE)
+    mask[1] = True
+    q = case.query
+    query = Query(q.rows, q.start, q.length, mask)
+    case.check(query)
+    assert not case.backend.attend(query, case.segments, case.dense)[0].any()
+
+
+def test_softcap_and_sinks() -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"], exact=True, groups=3)
+    q = case.query
+    sinks = torch.randn(case.heads * case.groups, generator=case.generator).to(DEVICE)
+    case.check(Query(q.rows * 4, q.start, q.length, None, 5.0), sinks)
+    case.check(sinks=sinks)
+    case.check(Query(q.rows * 4, q.start, q.length, None, 5.0))
+
+
+def test_pages_after_the_query_are_hidden() -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"], steps=2)
+    case.check(Query(case.query.rows, 100, 2))
+
+
+def test_large_scores_stay_exact() -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"], groups=4, seed=5)
+    q = case.query
+    case.check(Query(q.rows * 8, q.start, q.length))
+
+
+def test_what_no_kernel_reads_is_decoded() -> None:
+    case = Case(FORMS["int4"], FORMS["int2-token"], exact=True)
+    unknown = SimpleNamespace(form=lambda role: None, decode=case.tiers[0].decode)
+    segment = case.segments[1]
+    case.segments[1] = Segment(
+        unknown, segment.value_tier, segment.keys, segment.values, segment.positions, segment.last, 64, segment.exact
+    )
+    case.check()
+    long = Case(FORMS["int4"], FORMS["int2-token"], steps=9)
+    long.check()
+
+
+def test_tables_follow_the_pages() -> None:
+    case = Case(FORMS["int4"], FORMS["int4-token"])
+    case.check()
+    held = case.backend.tables
+    assert case.backend.tables.of(case.segments) is held.of(case.segments)
+    shorter = case.segments[:1]
+    assert held.of(shorter).runs[0].pages == 3
+    del shorter
+    case.segments.clear()
+    assert not held.tensors()
+
+
+class KeptProjection(Kept):
+    """``mean + W^T c`` with coefficients of another form."""
+
+    def __init__(self, backend: TritonBackend, inner: object, unbiased: bool, ratio: int = 4) -> None:
+        super().__init__(backend, inner)
+        self.inner = Kept(backend, inner)
+        self.kept = Projected(inner, ratio, unbiased, self.matrix)
+        self.projection: torch.Tensor | None = None
+
+    def matrix(self, page: int, like: torch.Tensor) -> torch.Tensor:
+        if self.projection is None:
+            gaussian = torch.randn(page, page // self.kept.ratio, dtype=torch.float64)
+            self.projection = torch.linalg.qr(gaussian).Q.T.float().contiguous().to(like.device)
+        return self.projection
+
+    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean = x.mean(-2).half()
+        kept = self.inner.encode(self.matrix(x.shape[-2], x) @ (x - mean.float().unsqueeze(-2)))
+        return {"mean": mean} | {"coefficients." + name: tensor for name, tensor in kept.items()}
+
+    def decode(self, payload: dict[str, torch.Tensor], role: str) -> torch.Tensor:
+        kept = {name.removeprefix("coefficients."): tensor for name, tensor in payload.items() if name != "mean"}
+        rest = self.projection.T @ self.inner.decode(kept, role)
+        return rest * (self.kept.ratio if self.kept.unbiased else 1) + payload["mean"].float().unsqueeze(-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "ratio", "dim"),
+    [("int4-token", "int4-token", 4, 64), ("int4-token", "int4-token", 4, 128), ("plain", "int2-token", 2, 64)],
+)
+def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: bool) -> None:
+    case = Case(Plain(), Plain(), dim=dim)
+    tiers = [KeptProjection(case.backend, FORMS[form], ratio == 4, ratio) for form in (key, value)]
+    case.segments = []
+    for first, count in ((0, 3), (3, 2)):
+        keys, values = (tier.encode(case.random(count, 2, 2, 64, dim)) for tier in tiers)
+        positions = (torch.arange(count) + first).to(DEVICE) * 64
+        marks = case.random(count, 2, 2, 64) > 1.0 if masked else None
+        case.segments.append(Segment(*tiers, keys, values, positions, (first + count) * 64 - 1, 64, marks))
+    assert bool(case.backend.tables.of(case.segments).runs) == (ratio == 4)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 1, case.length, generator=case.generator).to(DEVICE) > 0.2
+    case.check(Query(case.query.rows * 3, case.query.start, 1, mask))

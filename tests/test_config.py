@@ -1,0 +1,242 @@
+"""What is wrong in a config ends in one line that names what is allowed, before anything is written."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from argus import plugins
+from argus.build import build
+from argus.commandline import Command, check, combinations, sweep_folder
+from argus.config import CacheConfig, RunConfig, compose, load_cache_config, validate
+from argus.errors import ConfigError, PluginError
+from argus.hookspecs import hookimpl
+from argus.tiers.fp16 import Fp16
+from tests.conftest import config, make_plan
+
+WRONG = {
+    "tiers=int5": r"'tiers/int5' is no config; allowed: .*default.*int4",
+    "aging=lifo": r"'aging/lifo' is no config; allowed: .*fifo.*log.*uniform",
+    "task=nothing": r"'task/nothing' is no config; allowed: .*overview.*passkey",
+    "model=small": r"'model/small' is no config; allowed: embedded, hf",
+    "nonsense=1": r"'nonsense' is no option; allowed in a run: .*tiers",
+    "tiers.pagesize=4": r"'tiers.pagesize' is no option; allowed in tiers: .*page_size",
+    "tiers.stages.int4.groupsize=4": r"'tiers.stages.int4.groupsize' is no option; allowed in tiers.stages.int4: .*group_size",
+    "+tiers.stages.int4.groupsize=4": r"int4.*groupsize.*is not an option; allowed: axis, group_size",
+    "+nonsense=1": r"nonsense: is not an option; allowed: tiers, aging",
+    "tiers.order=[]": r"order names no stage; allowed: fp16, fp8",
+    "tiers.order=[fp16,cold]": r"order names 'cold', which is no stage; allowed: fp16, fp8",
+    "tiers.order=[int4,int4]": r"order names a stage twice: int4, int4",
+    "tiers.stages.int4.capacity=63": r"stages.int4.capacity 63 is below a page; allowed: 64 tokens or more",
+    "tiers.stages.int4.tier=int5": r"tier 'int5' is not known; allowed: fp16, fp8, int",
+    "tiers.stages.int4.axis=row": r"axis.*'channel' or 'token'",
+    "tiers.stages.jl.coefficients=int5": r"tier 'int5' is not known; allowed: fp16",
+    "tiers.page_size=0": r"tiers.page_size: .*greater than 0",
+    "tiers.page_size=many": r"tiers.page_size: .*integer",
+    "tiers.window=-1": r"tiers.window: .*greater than 0",
+    "tiers.dtype=int8": r"tiers.dtype: .*'auto', 'float16', 'bfloat16' or 'float32'",
+    "backend=tpu": r"backend 'tpu' is not known; allowed: cpu",
+    "aging.policy=lifo": r"aging policy 'lifo' is not known; allowed: fifo, log, uniform",
+    "+aging.capacity=4": r"aging.capacity: is not an option; allowed: none",
+    "outliers.policy=all": r"outliers policy 'all' is not known; allowed: none, sigma, topk",
+    "+anchors.nonsense={}": r"anchor policy 'nonsense' is not known; allowed: lines, novelty, sinks",
+    "anchors.novelty.share=2": r"anchors.novelty.share: .*less than or equal to 1",
+    "anchors.sinks.tokens=-1": r"anchors.sinks.tokens: .*greater than or equal to 0",
+    "caches=[fp16,mine]": r"cache 'mine' is not known; allowed: argus, dynamic, fp16",
+    "task.name=nothing": r"task 'nothing' is not known; allowed: fidelity, generate, overview, passkey, perplexity",
+    "+task.samples=4": r"task.samples: is not an option; allowed: passkey, perplexity, fidelity",
+    "task.passkey.lengths=[]": r"task.passkey.lengths: .*at least 1 item",
+    "task.passkey.lengths=[10]": r"task.passkey.lengths.*greater than or equal to 64",
+    "seed=one": r"seed: .*integer",
+    "model.dtype=int8": r"model.dtype: .*'float16', 'bfloat16' or 'float32'",
+    "tiers.order=[": r"'tiers.order=\[' does not parse",
+    "tiers.window=interval(1,4)": r"only lists of values can be swept",
+    "nonsense": r"'nonsense'.*name=value",
+}
+
+
+@pytest.mark.parametrize("word", sorted(WRONG))
+def test_one_clear_line(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=WRONG[word]) as caught:
+        check(Command.of([word]))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=hf"], r"model\.id"),
+        (["model=hf", "model.id=null"], r"model=hf needs model.id=\.\.\."),
+        (["tiers=int4", "tiers.stages.int4.group_size=7"], r"group_size 7 does not divide page_size 64; allowed: .*8, 16"),
+        (["tiers=int4", "tiers.page_size=36", "tiers.stages.int4.group_size=8"], r"group_size 8 does not divide page_size"),
+        (["tiers=int4", "+tiers.stages.int4={keys: int3, values: int2}"], r"tiers of their own; tier and options"),
+        (["tiers=int4", "tiers.stages.int4.tier=null"], r"stages.int4: give tier=\.\.\., or both keys"),
+        (["+tier@tiers.stages.mine=int", "tiers.order=[mine]"], r"tiers.stages.mine.bits"),
+        (["+tier@tiers.stages.mine=int", "tiers.order=[mine]", "tiers.stages.mine.bits=9"], r"bits.*less than or equal to 8"),
+        (["-m", "tiers=int4,int5"], r"'tiers/int5' is no config"),
+        (["-m", "tiers=int4,int8", "task=passkey,nothing"], r"'task/nothing' is no config"),
+        (["-m", "tiers.stages.int4.capacity=64,1"], r"capacity 1 is below a page"),
+    ],
+)
+def test_one_clear_line_of_several_words(words, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(Command.of(words))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["tiers.order=[fp16,int4,jl]", "tiers.stages.int4.group_size=32"],
+        ["-m", "tiers.order=[fp8,int4],[int4,sign]"],
+        ["-m", "tiers=int8,int4,default", "task=passkey"],
+        ["+tier@tiers.stages.cold=int4", "tiers.order=[fp16,cold]"],
+        ["tiers=int4", "~anchors.sinks"],
+        ["+tiers.stages.mixed={keys: int4, values: {tier: int2, group_size: 32}}", "tiers.order=[mixed]"],
+        ["anchors=lines", "aging=log", "outliers=topk", "hydra.run.dir=elsewhere"],
+        ["task=passkey", "task.lengths=[100,200]", "task.samples=1"],
+    ],
+)
+def test_what_is_right_passes(words):
+    check(Command.of(words))
+
+
+def test_all_faults_in_one_line():
+    with pytest.raises(ConfigError, match=r"tiers.page_size: .*; tiers.window: .*; seed: "):
+        check(Command.of(["tiers.page_size=0", "tiers.window=0", "seed=one"]))
+
+
+def test_a_ladder_that_grows_is_refused():
+    chosen = load_cache_config(["tiers.order=[int4,int8]"])
+    with pytest.raises(ConfigError, match=r"stage 'int8' keeps .* not fewer than 'int4' .*tiers.allow_growth=true"):
+        build(chosen, 64)
+    build(load_cache_config(["tiers.order=[int4,int8]", "tiers.allow_growth=true"]), 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim", "message"),
+    [
+        ({"int4": {"group_size": 7}}, 64, r"int4: group_size 7 does not divide page_size 8; allowed: \[1, 2"),
+        ({"int4": {"group_size": 8, "axis": "token"}}, 60, r"group_size 8 does not divide head_dim 60; allowed: .*\b30\b"),
+        ({"int4": {}}, 5, r"int4: head_dim 5 does not pack into bytes; allowed: multiples of 2"),
+        ({"sign": {}}, 12, r"sign: head_dim 12 does not pack into bytes; allowed: multiples of 8"),
+        ({"jl": {"ratio": 3}}, 64, r"jl: ratio 3 does not divide page_size 8; allowed: \[1, 2, 4, 8\]"),
+    ],
+)
+def test_groups_divide(options, head_dim, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(tuple(options), options=options), head_dim=head_dim)
+
+
+def test_configs_do_not_change():
+    chosen = load_cache_config("int4")
+    with pytest.raises(Exception, match="frozen"):
+        chosen.backend = "cpu"
+    with pytest.raises(Exception, match="frozen"):
+        chosen.tiers.window = 3
+
+
+def test_a_run_holds_a_cache():
+    run = validate(RunConfig, compose(["tiers=int8"]))
+    assert run.cache() == load_cache_config("int8")
+    assert type(run.cache()) is CacheConfig
+
+
+def test_compose_inside_a_program_that_uses_hydra():
+    """A program with a Hydra of its own can compose a cache and go on."""
+    from hydra import compose as theirs
+    from hydra import initialize_config_module
+
+    with initialize_config_module("argus.conf", version_base="1.3"):
+        assert theirs("config").seed == 0
+        assert load_cache_config("int4").tiers.order == ("int4",)
+        assert theirs("config", overrides=["seed=5"]).seed == 5
+
+
+# Plugins
+
+
+def claim(hook: str, name: str):
+    """A plugin that claims a name."""
+    return SimpleNamespace(**{hook: hookimpl(lambda: {name: Fp16})})
+
+
+HOOKS = ["argus_tiers", "argus_aging", "argus_anchors", "argus_outliers", "argus_backends", "argus_tasks"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_two_plugins_with_one_name(hook):
+    """The error names both."""
+    manager = plugins.load()
+    manager.register(claim(hook, "mine"), "first_package")
+    manager.register(claim(hook, "mine"), "second_package")
+    with pytest.raises(PluginError, match=rf"{hook}: 'mine' is claimed by \w+_package and by \w+_package") as caught:
+        plugins.kinds(manager, hook)
+    assert "first_package" in str(caught.value)
+    assert "second_package" in str(caught.value)
+
+
+class Rival:
+    @hookimpl
+    def argus_tiers(self):
+        return {"int4": Fp16}
+
+
+def test_a_plugin_cannot_take_a_built_in_name():
+    with pytest.raises(PluginError, match=r"'int4' is claimed by") as caught:
+        make_plan(config(("fp16",)), [Rival()])
+    assert "argus.tiers.int4" in str(caught.value)
+    assert "Rival" in str(caught.value)
+
+
+def test_a_misspelt_hook():
+    with pytest.raises(PluginError, match=r"argus_teirs.*hooks are .*argus_tiers") as caught:
+        plugins.load([claim("argus_teirs", "mine")])
+    assert "\n" not in " ".join(str(caught.value).split())
+
+
+def test_a_plugin_that_does_not_import(monkeypatch):
+    def broken(self, group, name=None):
+        raise ModuleNotFoundError("No module named 'nowhere'")
+
+    monkeypatch.setattr("pluggy.PluginManager.load_setuptools_entrypoints", broken)
+    with pytest.raises(PluginError, match=r"entry-point group 'argus' does not load: No module named 'nowhere'"):
+        plugins.load()
+
+
+def test_known_names_are_read_only():
+    known = plugins.kinds(plugins.load(), "argus_tiers")
+    with pytest.raises(TypeError):
+        known["int4"] = Fp16
+
+
+# The command line's own words
+
+
+def test_sorting_of_arguments():
+    command = Command.of(["-m", "tiers=int4,int8", "~anchors.sinks", "hydra.sweep.dir=there"])
+    assert (command.multirun, command.runs) == (True, True)
+    assert command.overrides == ("tiers=int4,int8", "~anchors.sinks", "hydra.sweep.dir=there")
+    for word in ("--help", "--cfg=job", "--version", "-c", "--info"):
+        assert not Command.of([word]).runs
+    assert not Command.of(["--help", "-m"]).multirun
+
+
+def test_every_value_of_a_sweep_is_tried_once():
+    runs = combinations(["tiers=int8,int4,int2", "seed=1,2", "task=passkey"])
+    assert runs[0] == ["tiers=int8", "seed=1", "task=passkey"]
+    assert len(runs) == 4
+    assert {run[0] for run in runs} == {"tiers=int8", "tiers=int4", "tiers=int2"}
+    assert {run[1] for run in runs} == {"seed=1", "seed=2"}
+
+
+def test_where_a_sweep_goes():
+    from datetime import datetime
+
+    now = datetime(2026, 2, 3, 4, 5, 6)
+    assert sweep_folder(Command.of(["-m"]), now) == "multirun/2026-02-03/04-05-06"
+    assert sweep_folder(Command.of(["-m", "hydra.sweep.dir=there"]), now) == "there"

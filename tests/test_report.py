@@ -1,0 +1,152 @@
+"""Rows become one table and a report; a sweep becomes one table and one picture."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from argus import report, sweep
+from argus.config import RunConfig, compose, validate
+from argus.errors import ArgusError
+from argus.sweep import distinguish, figures, summarize, undominated
+from argus.tasks.generate import distinct
+from argus.tasks.steps import Clock, Scores
+
+MEMORY = {"cache_bytes": 2048, "bits_per_value": 16.0, "compression": 1.0}
+ROWS = [
+    {"task": "perplexity", "cache": "fp16", "context": 400, "samples": 7, "dnll": 0.0, "kl": 0.0, **MEMORY}
+    | {"prefill_tokens_per_s": 500.0, "decode_tokens_per_s": 10.0},
+    {"task": "perplexity", "cache": "argus", "context": 400, "samples": 7, "dnll": 0.0123, "kl": 0.0456}
+    | {"cache_bytes": 512, "bits_per_value": 4.0, "compression": 4.0}
+    | {"prefill_tokens_per_s": 400.0, "decode_tokens_per_s": 8.0},
+    {"task": "fidelity", "cache": "argus", "context": 400, "stage": "cold", "tier": "int4", "pages": 3, "tokens": 192}
+    | {"bytes": 777, "bits_per_value": 4.5, "cosine_keys": 0.9987, "cosine_values": 0.9912},
+    {"task": "fidelity", "cache": "argus", "context": 400, "stage": "empty", "tier": "jl", "pages": 0, "tokens": 0}
+    | {"bytes": 0, "bits_per_value": 0.0, "cosine_keys": None, "cosine_values": None},
+    {"task": "passkey", "cache": "argus", "context": 512, "accuracy": 0.75, "samples": 4}
+    | {"cache_bytes": 600, "bits_per_value": 4.2, "compression": 3.8},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = validate(RunConfig, compose(["tiers=int4"]))
+    plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"))
+    return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path)
+
+
+def test_the_document(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["argus", "tiers=int4", "seed=0"])
+    report.Reporter().end(run, ROWS)
+    data = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+    assert {"schema", "command", "versions", "device", "config", "rows"} <= set(data)
+    assert data["schema"] == 1
+    assert data["command"] == "python -m argus tiers=int4 seed=0"
+    assert data["rows"] == ROWS
+    assert {"argus", "python", "torch", "transformers"} <= set(data["versions"])
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["device"].startswith("cpu")
+    assert RunConfig.model_validate(data["config"]) == run.config
+    assert [path.name for path in run.folder.iterdir()] == ["report.json"]
+    shown = capsys.readouterr().out
+    for figure in ("75% of 4", "+0.0123", "0.0456", "777 B", "0.9987", "0.9912", "cold (int4)", "512 B", "2 KiB", "400"):
+        assert figure in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 100
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    report.write(path, {"rows": []})
+    with pytest.raises(TypeError):
+        report.write(path, {"rows": [object()]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"rows": []}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_not_measured_is_blank():
+    assert report.number(None, ".2f") == ""
+    assert report.size(None) == ""
+    assert report.number(0.0, "+.4f") == "+0.0000"
+    assert [report.size(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**30)] == ["0 B", "1023 B", "1 KiB", "3 MiB", "5 GiB"]
+
+
+def test_undominated():
+    assert undominated([(4, 0.1), (8, 0.0), (4, 0.2), (9, 0.0), (2, 1.0)]) == [True, True, False, False, True]
+    assert undominated([(4, 0.1), (4, 0.1)]) == [True, True]
+
+
+def test_figures_are_of_argus_at_the_longest_context():
+    assert figures({"rows": ROWS}) == {
+        "bits_per_value": 4.2,
+        "compression": 3.8,
+        "kl": 0.0456,
+        "dnll": 0.0123,
+        "accuracy": 0.75,
+        "decode_tokens_per_s": 8.0,
+    }
+
+
+def test_runs_are_named_by_what_differs():
+    assert distinguish(["tiers=int4 seed=1", "tiers=int8 seed=1"]) == ["tiers=int4", "tiers=int8"]
+    assert distinguish(["tiers=int4", ""]) == ["tiers=int4", "default"]
+    assert distinguish(["tiers=int4"]) == ["tiers=int4"]
+
+
+def sweep_of(folder, reports) -> None:
+    for number, (words, rows) in enumerate(reports):
+        (folder / str(number) / ".hydra").mkdir(parents=True)
+        (folder / str(number) / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in words))
+        (folder / str(number) / "report.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_a_sweep_becomes_a_table_and_a_picture(tmp_path, capsys):
+    worse = [dict(row, kl=1.5, bits_per_value=4.2) if "kl" in row else row for row in ROWS]
+    sweep_of(tmp_path, [(["tiers=int4", "seed=1"], ROWS), (["tiers=int2", "seed=1"], worse)])
+    summarize(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    first = next(line for line in lines if "tiers=int4" in line)
+    second = next(line for line in lines if "tiers=int2" in line)
+    assert "0.0456" in first
+    assert first.rstrip().endswith("*")
+    assert "1.5000" in second
+    assert not second.rstrip().endswith("*")
+    picture = (tmp_path / "pareto.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5000
+
+
+def test_ten_runs_stay_in_order(tmp_path):
+    sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(12)])
+    assert [name for name, _ in sweep.read(tmp_path)] == [f"seed={i}" for i in range(12)]
+
+
+def test_a_sweep_without_runs(tmp_path):
+    with pytest.raises(ArgusError, match=r"no run of the sweep in .* wrote report.json"):
+        summarize(tmp_path)
+
+
+def test_distinct_n():
+    assert distinct([1, 2, 3, 4], 1) == 1.0
+    assert distinct([1, 1, 1, 1], 1) == 0.25
+    assert distinct([1, 2, 1, 2, 1], 2) == 0.5
+    assert distinct([1], 2) == 1.0
+
+
+def test_scores():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]]).log_softmax(-1)
+    targets = torch.tensor([0, 2])
+    other = Scores(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 5.0]]).log_softmax(-1), targets)
+    one = Scores(logits, targets)
+    assert one.nll == pytest.approx(float(torch.nn.functional.nll_loss(logits, targets)))
+    assert one.kl(one) == 0
+    wanted = float(torch.nn.functional.kl_div(one.logits, other.logits, reduction="batchmean", log_target=True))
+    assert wanted > 0.1
+    assert one.kl(other) == pytest.approx(wanted)
+
+
+def test_the_median_is_of_what_was_timed():
+    assert Clock(torch.device("cpu"), [3.0, 1.0, 100.0]).median == 3.0
+    assert Clock(torch.device("cpu")).median == 0.0
