@@ -16,11 +16,9 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import argus.backends.triton
-from argus import plugins
 from argus.attention import Query
 from argus.build import build
-from argus.config import CacheConfig
+from argus.config import load_cache_config
 from argus.engine import LayerCache, Plan
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -28,32 +26,17 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BOUND = 2e-3
 """Relative error beyond which no time is printed."""
 
-DEFAULT: dict[str, dict[str, Any]] = {
-    "fp16": {"tier": "fp16", "capacity": 64},
-    "fp8": {"tier": "fp8", "capacity": 64, "group_size": 32},
-    "int8": {"tier": "int8", "capacity": 64},
-    "int4": {"tier": "int4", "capacity": 384},
-    "int2": {"tier": "int2", "capacity": 128, "group_size": 32},
-    "sign": {"tier": "sign", "capacity": 64},
-    "jl": {"tier": "jl", "ratio": 4, "coefficients": {"tier": "int4", "axis": "token"}},
-}
-WINDOWS = {"default": {"window": 32}}
-LADDERS: dict[str, dict[str, dict[str, Any]]] = {
-    "exact": {"fp16": {"tier": "fp16"}},
-    "fp8": {"fp8": {"tier": "fp8"}},
-    **{name: {name: {"tier": name}} for name in ("int8", "int4", "int3", "int2", "sign")},
-    "jl": {"jl": DEFAULT["jl"]},
-    "default": DEFAULT,
-}
+LADDERS = ("exact", "fp8", "int8", "int4", "int3", "int2", "sign", "jl", "default")
+"""Whole ladders of ``conf/tiers``, and stages of ``tiers=default`` alone."""
+ALONE = ("fp8", "sign", "jl")
 
 
 def plan_of(ladder: str, backend: str = "triton", **options: Any) -> Plan:
-    """The plan of a ladder, with no anchors and no outliers."""
-    stages = LADDERS[ladder]
-    tiers = {"order": tuple(stages), "stages": stages, **WINDOWS.get(ladder, {}), **options}
-    config = {"tiers": tiers, "aging": {"policy": "fifo"}, "outliers": {"policy": "none"}, "backend": backend}
-    extra = () if "argus.backends.triton" in plugins.BUILTIN else (argus.backends.triton,)
-    return build(CacheConfig.model_validate(config), HEAD_DIM, torch.float16, "cuda", extra=extra)
+    """The plan of a ladder, with no anchors and no outliers; `options` are those of ``tiers``."""
+    chosen = ["tiers=default", f"tiers.order=[{ladder}]"] if ladder in ALONE else [f"tiers={ladder}"]
+    chosen += ["anchors=none", "outliers=none", f"backend={backend}"]
+    chosen += [f"tiers.{name}={value}" for name, value in options.items()]
+    return build(load_cache_config(chosen), HEAD_DIM, torch.float16, "cuda")
 
 
 def filled(plan: Plan, batch: int, context: int) -> LayerCache:
