@@ -199,6 +199,7 @@ class LayerCache:
             page_size=size,
             exact=slab.get(EXACT),
             patch=OutlierPatch(self.outliers, pages) if held else None,
+            block_pages=self.plan.block_pages,
         )
 
     def age(self, text: Text | None = None) -> None:

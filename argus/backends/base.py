@@ -102,9 +102,12 @@ class Segment:
     page_size : int
         Tokens a page, ``P``.
     exact : Tensor or None
-        ``[n, B, H, P]`` bool, tokens that are answered elsewhere because they are kept exact.
+        ``[n, B, H, P]`` bool, tokens that are answered elsewhere because they are kept exact; None where no segment of
+        the cache has any.
     patch : callable or None
         ``patch(role, decoded)`` writes exact outliers into decoded pages ``[n, B, H, P, D]`` in place.
+    block_pages : int
+        Pages that may be decoded at once, those of other segments with them.
     """
 
     key_tier: Tier
@@ -116,6 +119,7 @@ class Segment:
     page_size: int
     exact: Tensor | None = None
     patch: Patch | None = None
+    block_pages: int = 1
 
     def tier(self, role: Role) -> Tier:
         """The tier of `role`."""
@@ -125,14 +129,17 @@ class Segment:
         """The payload of `role`."""
         return self.keys if role == "keys" else self.values
 
-    def visible(self, query: Query) -> Tensor | None:
-        """Which of its tokens each row may see, ``[B, H, R, n * P]`` or broadcastable, page after page; None: all."""
-        coded = None if self.exact is None else ~self.exact.permute(1, 2, 0, 3).flatten(2).unsqueeze(2)
-        if query.mask is None and self.last <= query.start:
-            return coded
-        steps = torch.arange(self.page_size, device=self.positions.device)
-        mask = query.visible((self.positions.unsqueeze(-1) + steps).flatten(), self.last)
-        return both(mask, coded)
+
+def visible_pages(query: Query, segments: Sequence[Segment]) -> Tensor | None:
+    """Which tokens of `segments` each row may see, broadcastable to ``[B, H, R, n * P]``, page after page; None: all."""
+    marks = [segment.exact for segment in segments if segment.exact is not None]
+    coded = ~torch.cat(marks).permute(1, 2, 0, 3).flatten(2).unsqueeze(2) if marks else None
+    last = max(segment.last for segment in segments)
+    if query.mask is None and last <= query.start:
+        return coded
+    positions = torch.cat([segment.positions for segment in segments])
+    steps = torch.arange(segments[0].page_size, device=positions.device)
+    return both(query.visible((positions.unsqueeze(-1) + steps).flatten(), last), coded)
 
 
 def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:

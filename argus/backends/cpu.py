@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded, limit
-from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, grouped
+from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, grouped, visible_pages
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
@@ -72,6 +72,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _fields(byte: Tensor, plane: int, fields: int) -> Tensor:
     mask = (1 << plane) - 1
+    if fields == 8:
+        shifts = torch.arange(8, dtype=torch.uint8, device=byte.device).unsqueeze(-1)
+        return ((byte.unsqueeze(-2) >> shifts) & mask).flatten(-2)
     middle = [(byte >> (j * plane)) & mask for j in range(1, fields - 1)]
     return torch.stack([byte & mask, *middle, byte >> (8 - plane)], -2).flatten(-2)
 
@@ -132,33 +135,49 @@ class CpuBackend(Backend):
         return matrix.to(x) @ x
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
-        parts: list[Part] = [PagePart(segment) for segment in segments]
+        parts: list[Part] = [PagePart(group) for group in group_pages(segments)]
         parts += [DensePart(part.keys, part.values, part.visible) for part in dense]
         if sinks is not None:
             parts.append(SinkPart(sinks))
         return answer_bounded(query, parts).out
 
 
-class PagePart(Part):
-    """A block of pages, decoded when asked and forgotten after."""
+def group_pages(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments of any stages in groups of no more pages than may be decoded together: small products cost the most."""
+    groups: list[list[Segment]] = []
+    room = 0
+    for segment in segments:
+        if len(segment.positions) > room:
+            groups.append([])
+            room = segment.block_pages
+        groups[-1].append(segment)
+        room -= len(segment.positions)
+    return groups
 
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.tokens = len(segment.positions) * segment.page_size
+
+class PagePart(Part):
+    """A block of pages of one or several stages, decoded when asked and forgotten after."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = segments
+        self.page_size = segments[0].page_size
+        self.tokens = sum(len(segment.positions) for segment in segments) * self.page_size
 
     def scores(self, query: Query) -> Tensor:
         keys = self._decode("keys")
         scores = (query.rows @ keys.transpose(-1, -2)).permute(1, 2, 3, 0, 4).flatten(-2)
-        return limit(scores, query, self.segment.visible(query))
+        return limit(scores, query, visible_pages(query, self.segments))
 
     def mix(self, weights: Tensor) -> Tensor:
-        paged = weights.unflatten(-1, (-1, self.segment.page_size)).permute(3, 0, 1, 2, 4)
+        paged = weights.unflatten(-1, (-1, self.page_size)).permute(3, 0, 1, 2, 4)
         return (paged @ self._decode("values")).sum(0)
 
     def _decode(self, role: Role) -> Tensor:
-        segment = self.segment
-        pages = segment.tier(role).decode(segment.payload(role), role)
-        return pages if segment.patch is None else segment.patch(role, pages)
+        blocks = []
+        for segment in self.segments:
+            pages = segment.tier(role).decode(segment.payload(role), role)
+            blocks.append(pages if segment.patch is None else segment.patch(role, pages))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 @hookimpl

@@ -76,7 +76,7 @@ class TritonBackend(CpuBackend):
         work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
         slot = launch.answer_all(query, jobs, work)
         for place in pages.others:
-            out, lse = answer_bounded(query, [PagePart(segments[place])])
+            out, lse = answer_bounded(query, [PagePart([segments[place]])])
             work.out[:, slot] = out.flatten(0, 1)
             work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
             slot += 1
