@@ -45,9 +45,8 @@ def puzzle(tokenizer: Any, length: int, seed: int) -> Puzzle:
     return Puzzle(head + filler[:before] + needle + filler[: room - before], question, key)
 
 
-def solve(run: Run, held: Any, task: Puzzle) -> bool:
-    """Feed the context, then the question over what was kept of it, and look for the key in the answer."""
-    feed(run, held, ids_of(run, task.context))
+def ask(run: Run, held: Any, task: Puzzle) -> bool:
+    """Feed the question over what was kept of the context, and look for the key in the greedy answer."""
     logits = feed(run, held, ids_of(run, task.question))
     return task.key in run.tokenizer.decode(decode(run, held, logits, len(task.key) + 3))
 
@@ -73,8 +72,9 @@ class Passkey(Task):
                 for name, kind in run.caches.items():
                     run.tell(f"passkey: {length} tokens, key {sample + 1} of {self.config.samples}, {name}")
                     held = kind.make(run)
-                    right[name] += solve(run, held, task)
+                    feed(run, held, ids_of(run, task.context))
                     sizes[name] = memory(kind.ledger(held))
+                    right[name] += ask(run, held, task)
             for name in run.caches:
                 accuracy = right[name] / self.config.samples
                 counted = {"accuracy": accuracy, "samples": self.config.samples}
