@@ -279,12 +279,19 @@ def test_8_passkeys_are_asked_of_a_compressed_context(run):
         seen.append(make(run))
         return seen[-1]
 
-    run.caches["argus"].make = spy
+    weighed = []
+    ledger = run.caches["argus"].ledger
+
+    def weigh(cache):
+        weighed.append((cache.get_seq_length(), unique_bytes([x for _, x in cache.tensors()])))
+        return ledger(cache)
+
+    run.caches["argus"].make, run.caches["argus"].ledger = spy, weigh
     rows = list(Passkey(PasskeyConfig(lengths=(256, 400), samples=2)).run(run))
     assert [(row["cache"], row["context"]) for row in rows] == [("fp16", 256), ("argus", 256), ("fp16", 400), ("argus", 400)]
     assert len(seen) == 4
     for row, cache in zip([rows[1], rows[3]], [seen[1], seen[3]], strict=True):
-        assert row["cache_bytes"] == cache.ledger().bytes == unique_bytes([x for _, x in cache.tensors()])
+        assert (row["context"], row["cache_bytes"]) in weighed
         assert cache.get_seq_length() > row["context"]
         # The whole context but a window was compressed before the question was asked.
         assert all(len(layer.engine.where) * 16 >= row["context"] - 32 for layer in cache.layers)
