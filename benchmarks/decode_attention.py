@@ -93,7 +93,7 @@ def main() -> None:
                     flush=True,
                 )
     facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "page_size": options.page_size, "block_pages": options.block_pages}
-    common.keep("decode_attention", options.out, shlex.join(sys.argv), facts, rows)
+    common.keep("decode_attention", options.out, shlex.join(["python", "-m", "benchmarks.decode_attention", *sys.argv[1:]]), facts, rows)
     draw(rows, options.out / "decode_attention.png")
 
 

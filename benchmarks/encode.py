@@ -75,7 +75,7 @@ def main() -> None:
             name = f"{first.facts.name} to {second.facts.name}"
             time = common.microseconds(partial(demote, first.tier(role), second.tier(role), role, held))
             rows.append(row(name, role, time, moved, bandwidth))
-    common.keep("encode", options.out, shlex.join(sys.argv), {"copy_bandwidth": bandwidth, "pages": options.pages}, rows)
+    common.keep("encode", options.out, shlex.join(["python", "-m", "benchmarks.encode", *sys.argv[1:]]), {"copy_bandwidth": bandwidth, "pages": options.pages}, rows)
 
 
 if __name__ == "__main__":

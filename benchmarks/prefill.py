@@ -78,7 +78,7 @@ def main() -> None:
                 f"  cache {row['cache_bytes'] / 1e6:.0f} MB  error {row['error']:.1e}",
                 flush=True,
             )
-    common.keep("prefill", options.out, shlex.join(sys.argv), {"block_pages": options.block_pages}, rows)
+    common.keep("prefill", options.out, shlex.join(["python", "-m", "benchmarks.prefill", *sys.argv[1:]]), {"block_pages": options.block_pages}, rows)
 
 
 if __name__ == "__main__":
