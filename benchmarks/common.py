@@ -6,7 +6,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -144,8 +146,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(name: str, folder: Path, command: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def keep(name: str, folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write results as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     data = {"benchmark": name, "command": command, "machine": machine(), **facts, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -6,8 +6,6 @@ Run from the repository root: ``python -m benchmarks.decode_attention [--context
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +91,7 @@ def main() -> None:
                     flush=True,
                 )
     facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "page_size": options.page_size, "block_pages": options.block_pages}
-    common.keep("decode_attention", options.out, shlex.join(["python", "-m", "benchmarks.decode_attention", *sys.argv[1:]]), facts, rows)
+    common.keep("decode_attention", options.out, facts, rows)
     draw(rows, options.out / "decode_attention.png")
 
 

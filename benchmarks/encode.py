@@ -6,8 +6,6 @@ Run from the repository root: ``python -m benchmarks.encode [--pages 2048]``.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +73,7 @@ def main() -> None:
             name = f"{first.facts.name} to {second.facts.name}"
             time = common.microseconds(partial(demote, first.tier(role), second.tier(role), role, held))
             rows.append(row(name, role, time, moved, bandwidth))
-    common.keep("encode", options.out, shlex.join(["python", "-m", "benchmarks.encode", *sys.argv[1:]]), {"copy_bandwidth": bandwidth, "pages": options.pages}, rows)
+    common.keep("encode", options.out, {"copy_bandwidth": bandwidth, "pages": options.pages}, rows)
 
 
 if __name__ == "__main__":

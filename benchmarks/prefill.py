@@ -6,8 +6,6 @@ Run from the repository root: ``python -m benchmarks.prefill [--contexts 32768] 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +76,7 @@ def main() -> None:
                 f"  cache {row['cache_bytes'] / 1e6:.0f} MB  error {row['error']:.1e}",
                 flush=True,
             )
-    common.keep("prefill", options.out, shlex.join(["python", "-m", "benchmarks.prefill", *sys.argv[1:]]), {"block_pages": options.block_pages}, rows)
+    common.keep("prefill", options.out, {"block_pages": options.block_pages}, rows)
 
 
 if __name__ == "__main__":
