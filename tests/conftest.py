@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from argus.config import CacheConfig, LadderConfig, PolicyChoice, StageConfig
 from argus.engine import LayerCache, Plan
 from argus.policies.base import TextFacts
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Read when triton is first imported, whichever test does it.
 torch.set_num_threads(1)  # Tests compute on tiny tensors: waking a second thread costs more than it brings.
 
 HEADS, DIM, GROUPS = 2, 8, 2
