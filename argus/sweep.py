@@ -63,7 +63,7 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def summarize(folder: Path) -> None:
-    """Print the table of a sweep and draw ``pareto.png`` and write ``sweep.json`` into its folder."""
+    """Print the table of a sweep and draw ``pareto.png`` into its folder."""
     runs = read(folder)
     names = distinguish([name for name, _ in runs])
     found = [figures(report) for _, report in runs]
