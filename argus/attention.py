@@ -50,6 +50,8 @@ class Query:
         ``[B or 1, 1 or G * H, S, L]``, boolean (True: visible) or additive. None means causal by position.
     softcap : float or None
         Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+    scale : float
+        The softmax scale that `rows` were multiplied by: divided by it, they are the model's own numbers again.
     """
 
     rows: Tensor
@@ -57,6 +59,7 @@ class Query:
     length: int
     mask: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(
@@ -65,7 +68,7 @@ class Query:
         """Group queries ``[B, Hq, S, D]`` by key-value head, scaled by `scale`."""
         batch, _, length, dim = q.shape
         rows = (q.float() * scale).reshape(batch, kv_heads, -1, dim)
-        return cls(rows, start, length, mask, softcap)
+        return cls(rows, start, length, mask, softcap, scale)
 
     @property
     def groups(self) -> int:
@@ -77,7 +80,7 @@ class Query:
         batch, heads, _, dim = self.rows.shape
         rows = self.rows.view(batch, heads, self.groups, self.length, dim)[:, :, :, begin:end]
         mask = None if self.mask is None else self.mask[:, :, begin:end]
-        return Query(rows.reshape(batch, heads, -1, dim), self.start + begin, end - begin, mask, self.softcap)
+        return Query(rows.reshape(batch, heads, -1, dim), self.start + begin, end - begin, mask, self.softcap, self.scale)
 
     def visible(self, positions: Tensor, last: int) -> Tensor | None:
         """Which keys each row may see.

@@ -49,8 +49,10 @@ def check(command: Command) -> None:
     words = [word for word in command.overrides if not word.startswith("hydra")]
     for overrides in combinations(words):
         config = validate(RunConfig, compose(overrides))
-        choose(config)
-        build(config.cache(), look(config.model), text=TextFacts(line_ends=(0,)))
+        head_dim = look(config.model)
+        for cache in choose(config).caches.values():
+            cache.check(head_dim)
+        build(config.argus(), head_dim, text=TextFacts(line_ends=(0,)))
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:

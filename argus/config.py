@@ -107,16 +107,30 @@ class TaskChoice(OpenOptions):
     name: str
 
 
+class CacheChoice(OpenOptions):
+    """A cache to compare: its kind, with its options beside it."""
+
+    kind: str
+
+
 class RunConfig(CacheConfig):
-    """A run: a cache, a model, a task, and the caches to compare."""
+    """A run: an ARGUS cache, a model, a task, and the caches to compare by the names that rows call them.
+
+    ``reference`` is compared with first: a name in ``cache``, or a kind that needs no options.
+    """
 
     model: ModelConfig
     task: TaskChoice
-    caches: tuple[str, ...] = ("fp16", "argus")
+    reference: str = "fp16"
+    cache: dict[str, CacheChoice] = Field(default_factory=dict)
     seed: int = 0
 
-    def cache(self) -> CacheConfig:
-        """The part that makes the cache."""
+    def caches(self) -> dict[str, CacheChoice]:
+        """The caches of the run by name, the reference first."""
+        return {self.reference: CacheChoice(kind=self.reference)} | self.cache
+
+    def argus(self) -> CacheConfig:
+        """The part that makes the ARGUS cache."""
         return CacheConfig(**{name: getattr(self, name) for name in CacheConfig.model_fields})
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argus.attention import DENSE_BUDGET, Query
+from argus.attention import Query
 from argus.backends.base import Backend, Dense, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
@@ -147,18 +147,7 @@ class LayerCache:
         Tensor
             ``[B, H, R, D]`` float32.
         """
-        batch, heads, _, _ = query.rows.shape
-        block = min(len(self.where), self.plan.block_pages) * self.plan.page_size
-        widest = max(len(self.window), block, self.exact.width, 1)
-        steps = max(1, DENSE_BUDGET // (batch * heads * query.groups * widest))
-        segments, dense = self.segments(), self.dense()
-        if steps >= query.length:
-            return self.plan.backend.attend(query, segments, dense, sinks)
-        outs = []
-        for begin in range(0, query.length, steps):
-            part = query.part(begin, min(begin + steps, query.length))
-            outs.append(self.plan.backend.attend(part, segments, dense, sinks).unflatten(2, (query.groups, -1)))
-        return torch.cat(outs, 3).flatten(2, 3)
+        return self.plan.backend.attend(query, self.segments(), self.dense(), sinks)
 
     def dense(self) -> list[Dense]:
         """The exact tokens: what anchors chose, and the window."""
@@ -200,6 +189,7 @@ class LayerCache:
             exact=slab.get(EXACT),
             patch=OutlierPatch(self.outliers, pages) if held else None,
             block_pages=self.plan.block_pages,
+            first=min(pages) * size,
         )
 
     def age(self, text: Text | None = None) -> None:

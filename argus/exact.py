@@ -192,3 +192,6 @@ class OutlierPatch(Patch):
 
     def __call__(self, role: str, pages: Tensor) -> Tensor:
         return self.numbers[role].write(pages.contiguous(), self.pages)
+
+    def part(self, begin: int, end: int) -> OutlierPatch:
+        return OutlierPatch(self.numbers, self.pages[begin:end])

@@ -44,7 +44,7 @@ def argus_backends() -> dict[str, type[Backend]]:  # type: ignore[empty-body]
 
 @hookspec
 def argus_caches() -> dict[str, type[CacheKind]]:  # type: ignore[empty-body]
-    """Caches to compare, by the name that ``caches`` lists."""
+    """Caches to compare, by the name that ``cache.<name>.kind`` selects."""
 
 
 @hookspec

@@ -19,10 +19,13 @@ class Ledger:
         Bytes by what they are for.
     values : int
         Numbers that the tokens held have in keys and values together.
+    workspace : int
+        Bytes of the largest workspace that a call has taken, given back when it ended: no part of `bytes`. 0: not counted.
     """
 
     parts: dict[str, int]
     values: int
+    workspace: int = 0
 
     @property
     def bytes(self) -> int:
@@ -40,7 +43,7 @@ class Ledger:
         return 16 / self.bits_per_value if self.bytes and self.values else 0.0
 
 
-def measure(tensors: Iterable[tuple[str, Tensor]], values: int) -> Ledger:
+def measure(tensors: Iterable[tuple[str, Tensor]], values: int, workspace: int = 0) -> Ledger:
     """Sum the unique storages of named tensors; a storage counts for the first name that brings it."""
     seen: set[int] = set()
     parts: dict[str, int] = defaultdict(int)
@@ -49,7 +52,7 @@ def measure(tensors: Iterable[tuple[str, Tensor]], values: int) -> Ledger:
         if storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             parts[name] += storage.nbytes()
-    return Ledger(dict(parts), values)
+    return Ledger(dict(parts), values, workspace)
 
 
 def total_bytes(tensors: Sequence[Tensor]) -> int:

@@ -11,6 +11,18 @@ Slab = dict[str, Tensor]
 """Named tensors, each ``[capacity, B, ...]``, of up to ``slab_pages`` pages."""
 
 
+def positions(rows: Sequence[int], like: Tensor) -> slice | Tensor:
+    """An index of `rows` on the device of `like`: a slice where they follow each other, which needs no copy to the device."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=like.device)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The same storage as uint8, whose rows can be indexed whatever the dtype is."""
+    return x.view(torch.uint8)
+
+
 class Pool:
     """Pages of one payload structure, dense in slabs of bounded size.
 
@@ -61,21 +73,46 @@ class Pool:
 
     def take(self, pages: Sequence[int]) -> Slab:
         """Copies of the payloads of `pages`, in their order."""
-        slots = [self.pages.index(page) for page in pages]
-        rows = [{name: tensor[i % self.slab_pages] for name, tensor in self.slabs[i // self.slab_pages].items()} for i in slots]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        place = {page: slot for slot, page in enumerate(self.pages)}
+        parts = [self._rows(index, rows) for index, rows in self._by_slab([place[page] for page in pages])]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def remove(self, pages: Sequence[int]) -> None:
-        """Forget `pages`; call :meth:`trim` to give back their memory."""
-        for page in pages:
-            slot, last = self.pages.index(page), len(self.pages) - 1
-            if slot != last:
-                source = self.slabs[last // self.slab_pages]
-                target = self.slabs[slot // self.slab_pages]
-                for name, tensor in target.items():
-                    tensor[slot % self.slab_pages] = source[name][last % self.slab_pages]
-                self.pages[slot] = self.pages[last]
-            self.pages.pop()
+        """Forget `pages`, the last pages filling their slots; call :meth:`trim` to give back their memory."""
+        place = {page: slot for slot, page in enumerate(self.pages)}
+        gone = {place[page] for page in pages}
+        left = len(self.pages) - len(gone)
+        holes = sorted(slot for slot in gone if slot < left)
+        fillers = [slot for slot in range(left, len(self.pages)) if slot not in gone]
+        done = 0
+        for index, rows in self._by_slab(fillers):
+            payload = self._rows(index, rows)
+            for target, slots in self._by_slab(holes[done : done + len(rows)]):
+                where = positions(slots, next(iter(payload.values())))
+                for name, tensor in self.slabs[target].items():
+                    as_bytes(tensor)[where] = as_bytes(payload[name][: len(slots)])
+                payload = {name: tensor[len(slots) :] for name, tensor in payload.items()}
+            done += len(rows)
+        for hole, filler in zip(holes, fillers, strict=True):
+            self.pages[hole] = self.pages[filler]
+        del self.pages[left:]
+
+    def _by_slab(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Slots as runs of one slab each, in their order: which slab, and the rows in it."""
+        runs: list[tuple[int, list[int]]] = []
+        for slot in slots:
+            index, row = divmod(slot, self.slab_pages)
+            if not runs or runs[-1][0] != index:
+                runs.append((index, []))
+            runs[-1][1].append(row)
+        return runs
+
+    def _rows(self, index: int, rows: Sequence[int]) -> Slab:
+        """Copies of rows of one slab."""
+        slab = self.slabs[index]
+        where = positions(rows, next(iter(slab.values())))
+        found = {name: as_bytes(tensor)[where] for name, tensor in slab.items()}
+        return {name: (x.clone() if isinstance(where, slice) else x).view(slab[name].dtype) for name, x in found.items()}
 
     def trim(self) -> None:
         """Give back memory that no page uses."""

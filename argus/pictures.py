@@ -1,4 +1,4 @@
-"""Pictures: the sequence as a strip of pages, bytes by stage, and quality against bits."""
+"""Pictures: the sequence as a strip of pages, bytes by stage, accuracy by length and depth, and quality against bits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from argus.adapters.huggingface import ArgusCache
+from argus.tasks.base import Row
 
 WINDOW_COLOUR = "#d9d9d9"
 
@@ -86,6 +87,27 @@ def draw_bytes(cache: ArgusCache, dense_bytes: int, path: Path) -> None:
     axes.set_ylabel("MiB, measured")
     axes.set_title(f"Bytes of {cache.get_seq_length()} tokens, all layers")
     axes.tick_params(axis="x", rotation=30)
+    save(figure, path)
+
+
+def draw_heat(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy by context and depth, one panel a cache, of rows with ``cache``, ``context``, ``depth`` and ``accuracy``."""
+    found = {(row["cache"], row["depth"], row["context"]): row["accuracy"] for row in rows}
+    names, depths, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cache", "depth", "context"))
+    figure = Figure(figsize=(1.5 + max(2.0, 0.7 * len(lengths)) * len(names), 1.5 + 0.45 * len(depths)))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        grid = [[found[name, depth, length] for length in lengths] for depth in depths]
+        shown = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, share in enumerate(line):
+                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+        axes.set_title(name)
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
+        axes.set_xlabel("context, tokens")
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(shown, ax=list(panels), label="accuracy")
     save(figure, path)
 
 

@@ -34,6 +34,11 @@ COMMANDS = (
     "argus.tasks.perplexity",
     "argus.tasks.fidelity",
     "argus.tasks.generate",
+    "argus.tasks.retrieval",
+    "argus.tasks.needle",
+    "argus.tasks.recall",
+    "argus.tasks.repetition",
+    "argus.tasks.harness",
     "argus.report",
 )
 """Plugins that only the command line needs: they may import transformers."""

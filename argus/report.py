@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
         "device": device_name(run.device),
         "backend": run.plan.backend.name,
         "config": run.config.model_dump(mode="json"),
+        "skipped": dict(run.skipped),
         "rows": list(rows),
     }
 
@@ -81,42 +82,65 @@ def size(count: float | None) -> str:
     return f"{count:.3g} GiB"
 
 
-def number(value: Any, form: str) -> str:
+def number(value: Any, form: str | Callable[[Any], str]) -> str:
     """A figure, or nothing where it was not measured."""
-    return "" if value is None else format(value, form)
+    if value is None:
+        return ""
+    return format(value, form) if isinstance(form, str) else form(value)
 
 
-CACHE_HEADS = ("cache", "tokens", "bytes", "bits", "x less", "passkey", "dNLL", "KL", "prefill/s", "decode/s")
-STAGE_HEADS = ("stage", "tokens", "bytes", "bits", "x less", "pages", "cos keys", "cos values", "", "")
+MEMORY = (("bytes", "cache_bytes", size), ("bits", "bits_per_value", ".2f"), ("x less", "compression", ".2f"))
+PROSE = (("dNLL", "dnll", "+.4f"), ("KL", "kl", ".4f"))
+SPEED = (("prefill/s", "prefill_tokens_per_s", ".0f"), ("decode/s", "decode_tokens_per_s", ".1f"))
+STAGE_HEADS = ("stage", "tokens", "bytes", "bits", "x less", "pages", "cos keys", "cos values")
 
 
-def cache_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """One line a cache and context: memory, passkey, prose, speed."""
-    lines: dict[tuple[str, int], Row] = {}
+def asked(row: Row) -> str:
+    """What the accuracy of a row is of: its kind of question, or its task."""
+    return str(row.get("kind", row["task"]))
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    """Mean accuracy of rows and their samples."""
+    having = [row for row in rows if row.get("accuracy") is not None]
+    count = sum(row["samples"] for row in having)
+    return f"{sum(row['accuracy'] * row['samples'] for row in having) / count:.0%} of {count}" if count else ""
+
+
+def merge(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Row]]:
+    """Rows by cache, context, and tokens that were then decoded one by one; the figures of these are rows of their own."""
+    lines: dict[tuple[str, int, int], list[Row]] = {}
     for row in rows:
         if "stage" not in row:
-            line = lines.setdefault((row["cache"], row["context"]), {})
-            line.update(row)
-            if "accuracy" in row:
-                line["passkey"] = f"{row['accuracy']:.0%} of {row['samples']}"
-    order = {name: place for place, name in enumerate(dict.fromkeys(cache for cache, _ in lines))}
-    table = []
-    for (cache, context), row in sorted(lines.items(), key=lambda item: (item[0][1], order[item[0][0]])):
-        table.append(
+            lines.setdefault((row["cache"], row["context"], 0), []).append(row)
+            if "decoded" in row:
+                figures = {key: row[f"decoded_{key}"] for _, key, _ in PROSE}
+                lines[row["cache"], row["context"], row["decoded"]] = [{"task": row["task"], **figures}]
+    order = list(dict.fromkeys(cache for cache, _, _ in lines))
+    return dict(sorted(lines.items(), key=lambda line: (line[0][1], order.index(line[0][0]), line[0][2])))
+
+
+def cache_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Heads, then one line a cache and context: memory, accuracy, prose, repetition, speed. What no row has is left out."""
+    lines = merge(rows)
+    known = {key for line in lines.values() for row in line for key, value in row.items() if value is not None}
+    repeats = [(key.replace("_", "-"), key, ".3f") for key in sorted(known) if key.startswith("distinct_")]
+    after = [column for column in (*PROSE, *repeats, ("loops", "loops", ".0%"), *SPEED) if column[1] in known]
+    before = [column for column in MEMORY if column[1] in known]
+    tests = list(dict.fromkeys(asked(row) for line in lines.values() for row in line if row.get("accuracy") is not None))
+    drawn = [["cache", "tokens", *(head for head, _, _ in before), *tests, *(head for head, _, _ in after)]]
+    for (cache, context, decoded), line in lines.items():
+        merged = {key: value for row in line for key, value in row.items()}
+        drawn.append(
             [
                 cache,
-                str(context),
-                size(row.get("cache_bytes")),
-                number(row.get("bits_per_value"), ".2f"),
-                number(row.get("compression"), ".2f"),
-                row.get("passkey", ""),
-                number(row.get("dnll"), "+.4f"),
-                number(row.get("kl"), ".4f"),
-                number(row.get("prefill_tokens_per_s"), ".0f"),
-                number(row.get("decode_tokens_per_s"), ".1f"),
+                f"{context} +{decoded}" if decoded else str(context),
+                *(number(merged.get(key), form) for _, key, form in before),
+                *(accuracy([row for row in line if asked(row) == test]) for test in tests),
+                *(number(merged.get(key), form) for _, key, form in after),
             ]
         )
-    return table
+    return drawn if lines else []
 
 
 def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -131,8 +155,6 @@ def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
             f"{row['pages']}",
             number(row["cosine_keys"], ".4f"),
             number(row["cosine_values"], ".4f"),
-            "",
-            "",
         ]
         for row in rows
         if "stage" in row
@@ -140,14 +162,14 @@ def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """All rows in one table of at most 100 columns: caches, then stages."""
+    """All rows in one table: caches, then stages."""
     drawn = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    caches = cache_lines(rows)
-    stages = stage_lines(rows)
-    heads = CACHE_HEADS if caches else STAGE_HEADS
-    for place, head in enumerate(heads):
+    caches, stages = cache_table(rows), stage_lines(rows)
+    heads, *lines = caches or [list(STAGE_HEADS)]
+    for place in range(max(len(heads), len(STAGE_HEADS) if stages else 0)):
+        head = heads[place] if place < len(heads) else ""
         drawn.add_column(head, justify="right" if place else "left", no_wrap=True)
-    for line in caches:
+    for line in lines:
         drawn.add_row(*line)
     if caches and stages:
         drawn.add_section()
@@ -170,16 +192,7 @@ class Reporter(RunEvents):
         write(run.folder / NAME, document(run, rows))
         console = terminal()
         console.print(table(rows))
-        print_generation(console, rows)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)
-
-
-def print_generation(console: Console, rows: Iterable[Row]) -> None:
-    """How much each continuation repeats itself."""
-    for row in rows:
-        shares = ", ".join(f"{name.replace('_', '-')} {row[name]:.3f}" for name in row if name.startswith("distinct_"))
-        if shares:
-            console.print(f"{row['cache']}: {shares}")
 
 
 @hookimpl

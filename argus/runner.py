@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from argus import plugins
 from argus.adapters.huggingface import make_plan
-from argus.config import RunConfig, validate
+from argus.config import CacheChoice, RunConfig, validate
+from argus.errors import ConfigError
 from argus.models import load
 from argus.tasks.base import CacheKind, Row, Run, RunEvents, Task
 
@@ -38,6 +40,7 @@ class Parts:
 
     task: Task
     caches: dict[str, CacheKind]
+    skipped: dict[str, str]
     listeners: list[RunEvents]
 
 
@@ -47,16 +50,28 @@ def choose(config: RunConfig) -> Parts:
     Raises
     ------
     ConfigError
-        If a name or an option is not known.
+        If a name or an option is not known, or the reference needs what is not installed.
     """
     manager = plugins.load(commands=True)
     kind = plugins.pick("task", config.task.name, plugins.kinds(manager, "argus_tasks"))
     known = plugins.kinds(manager, "argus_caches")
+    caches = {name: make_cache(name, choice, known) for name, choice in config.caches().items()}
+    skipped = {name: reason for name, cache in caches.items() if (reason := cache.missing()) is not None}
+    if config.reference in skipped:
+        raise ConfigError(f"reference '{config.reference}': {skipped[config.reference]}")
     return Parts(
         task=kind(validate(kind.Config, config.task.options, "task")),
-        caches={name: plugins.pick("cache", name, known)() for name in config.caches},
+        caches={name: cache for name, cache in caches.items() if name not in skipped},
+        skipped=skipped,
         listeners=[listener() for listener in manager.hook.argus_run_events()],
     )
+
+
+def make_cache(name: str, choice: CacheChoice, known: Mapping[str, type]) -> CacheKind:
+    """The kind of cache that a choice names, with its options."""
+    kind = plugins.pick("cache", choice.kind, known)
+    cache: CacheKind = kind(validate(kind.Config, choice.options, f"cache.{name}"))
+    return cache
 
 
 def execute(config: RunConfig, folder: Path) -> list[Row]:
@@ -68,12 +83,16 @@ def execute(config: RunConfig, folder: Path) -> list[Row]:
         Before anything is measured, if a name is not known or something does not fit.
     """
     parts = choose(config)
+    for name, reason in parts.skipped.items():
+        print(f"argus: cache '{name}' is skipped: {reason}", file=sys.stderr, flush=True)
     with progress() as tell:
         tell("loading the model")
         loaded = load(config.model)
-        plan = make_plan(loaded.model, config.cache(), loaded.tokenizer)
+        plan = make_plan(loaded.model, config.argus(), loaded.tokenizer)
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(config, loaded.model, loaded.tokenizer, loaded.device, plan, parts.caches, folder, tell, stream)
+        run = Run(
+            config, loaded.model, loaded.tokenizer, loaded.device, plan, parts.caches, folder, tell, stream, parts.skipped
+        )
         for listener in parts.listeners:
             listener.start(run)
         rows: list[Row] = []
@@ -84,5 +103,3 @@ def execute(config: RunConfig, folder: Path) -> list[Row]:
     for listener in parts.listeners:
         listener.end(run, rows)
     return rows
-
-

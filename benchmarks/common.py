@@ -7,9 +7,12 @@ import math
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BOUND = 2e-3
 """Relative error beyond which no time is printed."""
 
-LADDERS = ("exact", "fp8", "int8", "int4", "int3", "int2", "sign", "jl", "default")
+PLUGINS = ("rotation3",) if find_spec("argus_rotation") else ()
+"""Whole ladders of ``plugins/argus-rotation``, where it is installed."""
+LADDERS = ("exact", "fp8", "int8", "int4", "int3", "int2", "sign", "jl", *PLUGINS, "default")
 """Whole ladders of ``conf/tiers``, and stages of ``tiers=default`` alone."""
 ALONE = ("fp8", "sign", "jl")
 
@@ -89,26 +94,53 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def microseconds(call: Callable[[], object], graph: bool = True, budget: int = 60) -> float:
-    """Median time of `call`, replayed from a CUDA graph."""
-    if graph:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.synchronize()
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
+def microseconds(call: Callable[[], object], budget: float = 0.06) -> float:
+    """Median time of `call` on the GPU, replayed from a CUDA graph; before each replay the L2 cache is filled with other data.
+
+    That data is only read: what a model reads before attention are weights. (A cache filled by writing would make the call
+    pay for writing it back.) `budget` is in seconds, fillings not counted.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
             call()
-        call = recorded.replay
-    return 1e3 * triton.testing.do_bench(call, warmup=10, rep=budget, return_mode="median")
+    torch.cuda.synchronize()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        call()
+    other = torch.zeros(1 << 26, dtype=torch.int32, device="cuda")
+
+    def once() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.amax()
+        start.record()
+        recorded.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end)
+
+    first = min(once() for _ in range(3))
+    return statistics.median(once() for _ in range(max(11, min(500, int(1e6 * budget / first)))))
+
+
+def eager_microseconds(call: Callable[[], object], budget: float = 0.1) -> float:
+    """Mean time of `call` one after another, launched from Python."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < budget:
+        call()
+        calls += 1
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - start) / calls
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-6 * microseconds(lambda: target.copy_(source), graph=False))
+    return 2 * source.numel() / (1e-6 * microseconds(lambda: target.copy_(source)))
 
 
 def fp16_times(batch: int, context: int, steps: int = 1) -> dict[str, float]:

@@ -30,7 +30,7 @@ def measure(ladder: str, batch: int, context: int, fp16: float, bandwidth: float
         "context": context,
         "error": wrong,
         "us": round(time, 2),
-        "eager_us": round(common.microseconds(lambda: cache.attend(query), graph=False), 2),
+        "eager_us": round(common.eager_microseconds(lambda: cache.attend(query)), 2),
         "bytes": read,
         "bits_a_value": round(8 * read / cache.values, 4),
         "percent_of_floor": round(100 * floor / time, 1),

@@ -30,7 +30,7 @@ def options(group: str) -> list[str]:
 
 def test_every_group_is_tried_here():
     groups = {path.parent.name for path in FILES} - {"conf"}
-    assert groups <= {"tiers", "aging", "anchors", "outliers", "model", "task", "tier", "ladder", "experiment"}
+    assert groups <= {"tiers", "aging", "anchors", "outliers", "model", "task", "tier", "ladder", "cache", "experiment"}
     assert {path.parent.name for path in FILES if path.parent == ROOT} == {"conf"}
 
 
@@ -45,13 +45,13 @@ def checked(overrides: list[str]) -> RunConfig:
     """Compose, validate and choose everything that a run would."""
     config = validate(RunConfig, compose(overrides))
     choose(config)
-    build(config.cache(), head_dim=64, text=TextFacts((0,)))
+    build(config.argus(), head_dim=64, text=TextFacts((0,)))
     return config
 
 
 GROUPS = [
     (group, name)
-    for group in ("tiers", "aging", "anchors", "outliers", "model", "task", "experiment")
+    for group in ("tiers", "aging", "anchors", "outliers", "model", "task", "cache", "experiment")
     for name in options(group)
 ]
 
@@ -66,6 +66,8 @@ def test_every_option_builds(group, name):
         assert getattr(config, group).name == name
     elif group == "anchors":
         assert config.anchors == written
+    elif group == "cache":
+        assert list(config.cache) == list(written) == [name]
     elif group == "tiers":
         assert list(config.tiers.order) == written["order"]
 

@@ -43,8 +43,13 @@ WRONG = {
     "+anchors.nonsense={}": r"anchor policy 'nonsense' is not known; allowed: lines, novelty, sinks",
     "anchors.novelty.share=2": r"anchors.novelty.share: .*less than or equal to 1",
     "anchors.sinks.tokens=-1": r"anchors.sinks.tokens: .*greater than or equal to 0",
-    "caches=[fp16,mine]": r"cache 'mine' is not known; allowed: argus, dynamic, fp16",
-    "task.name=nothing": r"task 'nothing' is not known; allowed: fidelity, generate, overview, passkey, perplexity",
+    "cache=mine": r"'cache/mine' is no config; allowed: .*argus.*dynamic.*fp16",
+    "+cache.mine={kind: mine}": r"cache 'mine' is not known; allowed: argus, dynamic, fp16",
+    "+cache.mine={bits: 4}": r"cache.mine.kind: Field required",
+    "reference=mine": r"cache 'mine' is not known; allowed: argus, dynamic, fp16",
+    "+cache.argus.bits=4": r"cache.argus.bits: is not an option; allowed: overrides",
+    "cache.argus.overrides=['tiers=int5']": r"'tiers/int5' is no config; allowed: .*default.*int4",
+    "task.name=nothing": r"task 'nothing' is not known; allowed: fidelity, generate, .*overview, passkey, perplexity",
     "+task.samples=4": r"task.samples: is not an option; allowed: passkey, perplexity, fidelity",
     "task.passkey.lengths=[]": r"task.passkey.lengths: .*at least 1 item",
     "task.passkey.lengths=[10]": r"task.passkey.lengths.*greater than or equal to 64",
@@ -142,8 +147,8 @@ def test_configs_do_not_change():
 
 def test_a_run_holds_a_cache():
     run = validate(RunConfig, compose(["tiers=int8"]))
-    assert run.cache() == load_cache_config("int8")
-    assert type(run.cache()) is CacheConfig
+    assert run.argus() == load_cache_config("int8")
+    assert type(run.argus()) is CacheConfig
 
 
 def test_compose_inside_a_program_that_uses_hydra():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from argus import attention, engine
+from argus import attention
+from argus.backends import cpu
 from argus.engine import LayerCache, Text, check_targets
 from argus.errors import ArgusError, RangeError
 from argus.hookspecs import hookimpl
@@ -61,7 +62,7 @@ BUDGET = 2048
 @pytest.fixture
 def small_budget(monkeypatch):
     """Scores held at once, so few that a short context reaches the bound."""
-    monkeypatch.setattr(engine, "DENSE_BUDGET", BUDGET)
+    monkeypatch.setattr(cpu, "DENSE_BUDGET", BUDGET)
     monkeypatch.setattr(attention.answer_bounded, "__defaults__", (BUDGET,))
 
 

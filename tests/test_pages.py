@@ -217,5 +217,7 @@ def test_ledger_counts_a_storage_once():
     assert found.bytes == 224
     assert found.bits_per_value == 224 * 8 / 50
     assert found.compression == 16 / found.bits_per_value
+    assert found == measure([("a", storage), ("b", other)], 50)
+    assert measure([("a", storage), ("b", other)], 50, workspace=9).bytes == 224
     empty = measure([], 0)
     assert (empty.bytes, empty.bits_per_value, empty.compression) == (0, 0, 0)

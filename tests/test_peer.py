@@ -247,12 +247,12 @@ def test_8_passkeys_have_the_stated_length(length):
     words = Words()
     found = [puzzle(words, length, seed) for seed in range(12)]
     assert all(len(one.context) == length for one in found)
-    assert len({one.key for one in found}) == 12
+    assert len({one.answers[0] for one in found}) == 12
     assert found[3] == puzzle(words, length, 3)
     needle = len(words(NEEDLE.format(key=1)).input_ids)
     depths = set()
     for one in found:
-        here = words(NEEDLE.format(key=one.key)).input_ids
+        here = words(NEEDLE.format(key=one.answers[0])).input_ids
         places = [i for i in range(length) if one.context[i : i + needle] == here]
         assert len(places) == 1
         depths.add(places[0])

@@ -35,7 +35,7 @@ ROWS = [
 def run(tmp_path):
     config = validate(RunConfig, compose(["tiers=int4"]))
     plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"))
-    return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path)
+    return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path, skipped={})
 
 
 def test_the_document(run, capsys, monkeypatch):
@@ -71,6 +71,66 @@ def test_what_was_not_measured_is_blank():
     assert report.size(None) == ""
     assert report.number(0.0, "+.4f") == "+0.0000"
     assert [report.size(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**30)] == ["0 B", "1023 B", "1 KiB", "3 MiB", "5 GiB"]
+
+
+def shown(rows) -> list[list[str]]:
+    """The table, heads first."""
+    return report.cache_table(rows)
+
+
+def test_the_table_has_the_columns_that_were_measured():
+    """In the main job's order; what no row has is left out."""
+    assert shown(ROWS)[0] == ["cache", "tokens", "bytes", "bits", "x less", "passkey", "dNLL", "KL", "prefill/s", "decode/s"]
+    assert shown([row for row in ROWS if row["task"] == "passkey"]) == [
+        ["cache", "tokens", "bytes", "bits", "x less", "passkey"],
+        ["argus", "512", "600 B", "4.20", "3.80", "75% of 4"],
+    ]
+    assert shown([row for row in ROWS if "stage" in row]) == []
+
+
+def test_accuracy_is_called_by_what_was_asked():
+    rows = [
+        {"task": "retrieval", "kind": kind, "cache": cache, "context": 512, "accuracy": share, "samples": 8}
+        for cache, shares in (("fp16", (1.0, 0.75)), ("argus", (0.5, 0.0)))
+        for kind, share in zip(("multikey", "tracking"), shares, strict=True)
+    ]
+    assert shown(rows) == [
+        ["cache", "tokens", "multikey", "tracking"],
+        ["fp16", "512", "100% of 8", "75% of 8"],
+        ["argus", "512", "50% of 8", "0% of 8"],
+    ]
+
+
+def test_depths_of_a_needle_are_taken_together():
+    cells = ((0.1, 1.0, 3), (0.9, 0.0, 1))
+    rows = [
+        {"task": "needle", "cache": "fp16", "context": 512, "depth": depth, "accuracy": share, "samples": count}
+        for depth, share, count in cells
+    ]
+    assert shown(rows) == [["cache", "tokens", "needle"], ["fp16", "512", "75% of 4"]]
+
+
+def test_what_was_decoded_one_by_one_has_a_line_of_its_own():
+    more = {"decoded": 32, "decoded_samples": 64, "decoded_dnll": 0.5, "decoded_kl": 0.25}
+    rows = [row | more for row in ROWS if row["task"] == "perplexity"]
+    heads, *lines = shown(rows)
+    assert heads[-4:] == ["dNLL", "KL", "prefill/s", "decode/s"]
+    found = [(line[0], line[1], line[-4:]) for line in lines]
+    assert found == [
+        ("fp16", "400", ["+0.0000", "0.0000", "500", "10.0"]),
+        ("fp16", "400 +32", ["+0.5000", "0.2500", "", ""]),
+        ("argus", "400", ["+0.0123", "0.0456", "400", "8.0"]),
+        ("argus", "400 +32", ["+0.5000", "0.2500", "", ""]),
+    ]
+
+
+def test_repetition_has_columns():
+    row = {"task": "repetition", "cache": "fp16", "context": 540, "samples": 3, "loops": 1 / 3, "texts": ["a"] * 3}
+    row |= {"distinct_1": 0.5, "distinct_2": 0.75, "decode_tokens_per_s": 9.0, **MEMORY}
+    assert shown([row]) == [
+        ["cache", "tokens", "bytes", "bits", "x less", "distinct-1", "distinct-2", "loops", "decode/s"],
+        ["fp16", "540", "2 KiB", "16.00", "1.00", "0.500", "0.750", "33%", "9.0"],
+    ]
 
 
 def test_undominated():

@@ -201,11 +201,13 @@ class ArgusCache(Cache):  # type: ignore[misc]
             for tier in (stage.keys, stage.values):
                 for tensor in tier.shared().values():
                     yield "shared", tensor
+        for tensor in self.plan.backend.tensors():
+            yield "index", tensor
         yield from self.transcript.tensors()
 
     def ledger(self) -> Ledger:
         """Measured bytes, by what they are for."""
-        return measure(self.tensors(), sum(layer.engine.values for layer in self.layers))
+        return measure(self.tensors(), sum(layer.engine.values for layer in self.layers), self.plan.backend.workspace)
 
 
 def module_groups(module: Any) -> int:

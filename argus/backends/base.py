@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,35 @@ class Projected:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Codes that a tier's own Triton function reads: ``x = y R``, with ``y`` what it yields and ``R`` a rotation of channels.
+
+    The payload's tensors are called ``codes``, ``scale`` and ``zero`` (any of them, of any dtype, each ``[n, B, H, ...]``).
+    Queries are turned once a call, and the answer is turned back: no page is.
+
+    Attributes
+    ----------
+    load : callable
+        ``load()`` returns a function made by ``triton.jit``; only a backend that has Triton asks for it. Its arguments:
+        ``codes, scale, zero`` (int64 addresses of a page's tensors, 0 where there is none), ``own`` (a pointer),
+        ``tok [T, 1]`` and ``ch [1, D]`` (int32 tokens and channels), ``seen [T, D]`` (which of them are there), ``inner``
+        (int64 index of batch row and head), and the constants ``P`` (tokens a page), ``D`` (channels) and ``OPTION``. It
+        returns ``y [T, D]`` float32, 0 where nothing is there.
+    option : int
+        ``OPTION``, for which the function is compiled.
+    own : callable or None
+        ``own(like)``: a tensor on the device of ``like`` that all pages share, such as a codebook.
+    rotation : callable or None
+        ``rotation(dim, like)``: ``R [D, D]`` float32, orthonormal, on the device of ``like``; None: ``x = y``.
+    """
+
+    load: Callable[[], Any]
+    option: int = 0
+    own: Callable[[Tensor], Tensor] | None = None
+    rotation: Callable[[int, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Segment:
     """Pages of one stage, up to a bounded block, as the backend sees them.
 
@@ -108,6 +137,8 @@ class Segment:
         ``patch(role, decoded)`` writes exact outliers into decoded pages ``[n, B, H, P, D]`` in place.
     block_pages : int
         Pages that may be decoded at once, those of other segments with them.
+    first : int
+        A position that no token held comes before, in tokens.
     """
 
     key_tier: Tier
@@ -120,6 +151,18 @@ class Segment:
     exact: Tensor | None = None
     patch: Patch | None = None
     block_pages: int = 1
+    first: int = 0
+
+    def part(self, begin: int, end: int) -> Segment:
+        """The same for pages ``begin`` to ``end`` only."""
+        return replace(
+            self,
+            keys={name: tensor[begin:end] for name, tensor in self.keys.items()},
+            values={name: tensor[begin:end] for name, tensor in self.values.items()},
+            positions=self.positions[begin:end],
+            exact=None if self.exact is None else self.exact[begin:end],
+            patch=None if self.patch is None else self.patch.part(begin, end),
+        )
 
     def tier(self, role: Role) -> Tier:
         """The tier of `role`."""
@@ -197,14 +240,24 @@ class Patch(ABC):
     def __call__(self, role: str, pages: Tensor) -> Tensor:
         """Write the outliers of `role` into decoded pages ``[n, B, H, P, D]``, in place, and return them."""
 
+    @abstractmethod
+    def part(self, begin: int, end: int) -> Patch:
+        """The same for pages ``begin`` to ``end`` of the segment only."""
+
 
 class Backend(ABC):
     """Operations on pages ``[n, B, H, P, D]``.
 
     How codes are ordered inside a payload is the backend's business: only it reads what it wrote.
+
+    Attributes
+    ----------
+    workspace : int
+        Bytes of the largest workspace that an answer has taken so far, beside the answer; 0 where they are not counted.
     """
 
     name: str
+    workspace: int = 0
 
     @abstractmethod
     def quantize(self, x: Tensor, form: Affine) -> Payload:
@@ -252,6 +305,10 @@ class Backend(ABC):
     @abstractmethod
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Apply ``matrix [M, P]`` to the token axis of pages: ``[n, B, H, M, D]`` float32."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that it holds for pages that are held, such as tables of where they lie."""
+        return []
 
     @abstractmethod
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded, limit
+from argus.attention import DENSE_BUDGET, DensePart, Part, Query, SinkPart, answer_bounded, limit
 from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, grouped, visible_pages
 from argus.hookspecs import hookimpl
 
@@ -139,7 +139,15 @@ class CpuBackend(Backend):
         parts += [DensePart(part.keys, part.values, part.visible) for part in dense]
         if sinks is not None:
             parts.append(SinkPart(sinks))
-        return answer_bounded(query, parts).out
+        rows = query.rows[..., 0].numel() // query.length
+        steps = max(1, DENSE_BUDGET // (rows * max([1, *(part.tokens for part in parts)])))
+        if steps >= query.length:
+            return answer_bounded(query, parts).out
+        outs = []
+        for begin in range(0, query.length, steps):
+            part = query.part(begin, min(begin + steps, query.length))
+            outs.append(answer_bounded(part, parts).out.unflatten(2, (query.groups, -1)))
+        return torch.cat(outs, 3).flatten(2, 3)
 
 
 def group_pages(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,12 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class CacheOptions(BaseModel):
+    """Options of a kind of cache. Subclass it to add your own; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 @dataclass(frozen=True)
 class Run:
     """All that a task may use.
@@ -37,13 +43,15 @@ class Run:
     plan : Plan
         Of the ARGUS cache.
     caches : mapping of str to CacheKind
-        The caches to compare, the reference first.
+        The caches to compare, the reference first, by the names that rows call them.
     folder : Path
         Where pictures go.
     tell : callable
         ``tell(sentence)`` shows what is going on.
     show : callable
         ``show(text)`` prints text as it streams.
+    skipped : mapping of str to str
+        Caches that were asked for and cannot be made here, each with what to install.
     """
 
     config: RunConfig
@@ -55,6 +63,7 @@ class Run:
     folder: Path
     tell: Callable[[str], None]
     show: Callable[[str], None]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -64,6 +73,19 @@ class Run:
 
 class CacheKind(ABC):
     """A way to make caches of one kind and to measure them."""
+
+    Config: ClassVar[type[CacheOptions]] = CacheOptions
+
+    def __init__(self, config: CacheOptions | None = None) -> None:
+        self.config: Any = self.Config() if config is None else config
+
+    def missing(self) -> str | None:
+        """What is not installed and how to install it, in one line; None where nothing is missing."""
+        return None
+
+    def check(self, head_dim: int) -> None:
+        """Raise :class:`~argus.errors.ConfigError` if the options do not fit; called before the model is loaded."""
+        return
 
     @abstractmethod
     def make(self, run: Run) -> Any:

@@ -25,15 +25,28 @@ def distinct(tokens: Sequence[int], order: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def prompt_ids(run: Run, prompt: str) -> list[int]:
+    """Token ids of a prompt, as a turn of a conversation where the tokenizer has a template for it."""
+    if getattr(run.tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        text = run.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(run.tokenizer(text, add_special_tokens=False).input_ids)
+    return list(run.tokenizer(prompt).input_ids)
+
+
+def stop_ids(run: Run) -> list[int]:
+    """Tokens that end a text of the model."""
+    stops = run.model.generation_config.eos_token_id
+    return [stops] if isinstance(stops, int) else list(stops or ())
+
+
 class Generate(Task):
     """Greedy continuation with every cache."""
 
     Config = GenerateConfig
 
     def run(self, run: Run) -> Iterator[Row]:
-        ids = self._ids(run)
-        stops = run.model.generation_config.eos_token_id
-        stops = {stops} if isinstance(stops, int) else set(stops or ())
+        ids, stops = prompt_ids(run, self.config.prompt), stop_ids(run)
         for name, kind in run.caches.items():
             held, clock = kind.make(run), Clock(run.device)
             run.tell(f"generate: {name}")
@@ -56,13 +69,6 @@ class Generate(Task):
                 **memory(kind.ledger(held)),
                 "decode_tokens_per_s": 1 / clock.median if clock.seconds else None,
             }
-
-    def _ids(self, run: Run) -> list[int]:
-        if getattr(run.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": self.config.prompt}]
-            text = run.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return list(run.tokenizer(text, add_special_tokens=False).input_ids)
-        return list(run.tokenizer(self.config.prompt).input_ids)
 
 
 @hookimpl

@@ -1,9 +1,10 @@
-"""Perplexity of real prose after a compressed context, and speed: every cache on the same text in one run."""
+"""Perplexity of real prose, after a compressed context and while decoding, and speed: every cache on the same text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from pydantic import PositiveInt
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task, TaskConfig
-from argus.tasks.steps import Clock, feed, ids_of, memory, prose, score
+from argus.tasks.steps import Change, Clock, Scores, feed, ids_of, memory, passage, score
 
 
 class PerplexityConfig(TaskConfig):
-    """Options of perplexity: tokens of context, tokens scored, windows of text, and tokens decoded for the speed."""
+    """Options of perplexity: tokens of context, tokens scored at once, windows of text, and tokens then decoded one by one."""
 
     context: PositiveInt = 2048
     scored: PositiveInt = 256
@@ -23,34 +24,34 @@ class PerplexityConfig(TaskConfig):
     decoded: PositiveInt = 32
 
 
-def window(run: Run, length: int, number: int) -> Tensor:
-    """Token ids ``[1, length]`` of window `number` of the prose; where it starts varies with the seed."""
-    text = prose()
-    size = length * 8
-    draw = random.Random(f"{run.seed} {number}")
-    start = text.index(" ", draw.randrange(len(text) - size - 100))
-    tokens = run.tokenizer(text[start : start + size], add_special_tokens=False).input_ids
-    return ids_of(run, tokens[:length])
+def window(run: Run, length: int, number: int, more: int = 0) -> Tensor:
+    """Token ids ``[1, length + more]`` of window `number` of the prose; where it starts varies with the seed and `length`."""
+    return ids_of(run, passage(run.tokenizer, length, random.Random(f"{run.seed} {number}"), more))
 
 
 class Perplexity(Task):
-    """Change in negative log-likelihood and divergence, against the first cache of the run."""
+    """Change in negative log-likelihood and divergence, against the first cache of the run, in two protocols.
+
+    ``dnll`` and ``kl``: the context is compressed, then ``scored`` tokens are read in one piece. What the model computes of
+    the context is exact, only what is kept of it is not.
+
+    ``decoded_dnll`` and ``decoded_kl``: the ``decoded`` tokens after these are fed one by one, as if they were written, and
+    compressed while they are. Each is computed from what is kept of those before, so that errors can add up; pages move
+    on to later stages. With ``context=64`` nearly all that is held was compressed in this way.
+    """
 
     Config = PerplexityConfig
 
     def run(self, run: Run) -> Iterator[Row]:
-        yield from (row for row, _ in self.rows(run))
-
-    def rows(self, run: Run) -> Iterator[tuple[Row, Any]]:
-        """Rows, and with each the cache as it stood after its last context."""
-        config = self.config
+        config: PerplexityConfig = self.config
         prefill = {name: Clock(run.device) for name in run.caches}
         steps = {name: Clock(run.device) for name in run.caches}
-        changes: dict[str, list[tuple[float, float]]] = {name: [] for name in run.caches}
-        held: dict[str, Any] = {}
+        at_once: dict[str, list[Change]] = {name: [] for name in run.caches}
+        one_by_one: dict[str, list[Change]] = {name: [] for name in run.caches}
         sizes: dict[str, Row] = {}
         for number in range(config.windows):
-            ids = window(run, config.context + config.scored, number)
+            ids = window(run, config.context + config.scored, number, config.decoded)
+            held: dict[str, Any] = {}
             reference = None
             for name, kind in run.caches.items():
                 run.tell(f"perplexity: {config.context} tokens, text {number + 1} of {config.windows}, {name}")
@@ -58,37 +59,49 @@ class Perplexity(Task):
                 with prefill[name].timed():
                     feed(run, held[name], ids[:, : config.context])
                 sizes[name] = memory(kind.ledger(held[name]))
-                found = score(run, held[name], ids[:, config.context :])
+                found = score(run, held[name], ids[:, config.context : config.context + config.scored])
                 reference = reference or found
-                changes[name].append((found.nll - reference.nll, found.kl(reference)))
-        speeds(run, held, config.decoded, steps)
+                at_once[name].append(found.change(reference))
+            run.tell(f"perplexity: {config.decoded} tokens one by one with each cache in turn")
+            for name, change in written(run, held, ids[:, config.context + config.scored - 1 :], steps).items():
+                one_by_one[name].append(change)
         for name in run.caches:
-            dnll, kl = (sum(pair[i] for pair in changes[name]) / config.windows for i in (0, 1))
-            yield (
-                {
-                    "task": "perplexity",
-                    "cache": name,
-                    "context": config.context,
-                    "samples": config.windows * (config.scored - 1),
-                    **sizes[name],
-                    "dnll": dnll,
-                    "kl": kl,
-                    "prefill_tokens_per_s": config.context / prefill[name].median,
-                    "decode_tokens_per_s": 1 / steps[name].median,
-                    "slowest_step_over_median": max(steps[name].seconds) / steps[name].median,
-                },
-                held[name],
-            )
+            yield {
+                "task": "perplexity",
+                "cache": name,
+                "context": config.context,
+                "samples": config.windows * (config.scored - 1),
+                **sizes[name],
+                **figures(at_once[name]),
+                **{f"decoded_{key}": value for key, value in figures(one_by_one[name]).items()},
+                "decoded": config.decoded,
+                "decoded_samples": config.windows * config.decoded,
+                "prefill_tokens_per_s": config.context / prefill[name].median,
+                "decode_tokens_per_s": 1 / steps[name].median,
+                "slowest_step_over_median": max(steps[name].seconds) / steps[name].median,
+            }
 
 
-def speeds(run: Run, held: dict[str, Any], tokens: int, clocks: dict[str, Clock]) -> None:
-    """Decode token by token with every cache in turn, so that a busy machine slows all alike."""
-    last = dict.fromkeys(held, 0)
-    run.tell(f"speed: {tokens} tokens with each cache in turn")
-    for _ in range(tokens):
+def figures(changes: Sequence[Change]) -> Row:
+    """Means of changes over as many tokens each."""
+    return {"dnll": fmean(change.nll for change in changes), "kl": fmean(change.kl for change in changes)}
+
+
+def written(run: Run, held: Mapping[str, Any], ids: Tensor, clocks: Mapping[str, Clock]) -> dict[str, Change]:
+    """Feed all but the last of `ids` ``[1, T]`` one by one to every cache in turn, and compare each next token's score.
+
+    In turn, so that a busy machine slows all alike.
+    """
+    changes: dict[str, list[Change]] = {name: [] for name in held}
+    for place in range(ids.shape[1] - 1):
+        reference = None
         for name, cache in held.items():
             with clocks[name].timed():
-                last[name] = int(feed(run, cache, ids_of(run, [last[name]])).argmax())
+                logits = feed(run, cache, ids[:, place : place + 1], last=False)
+            found = Scores(logits.float().log_softmax(-1), ids[0, place + 1 : place + 2])
+            reference = reference or found
+            changes[name].append(found.change(reference))
+    return {name: Change(fmean(one.nll for one in found), fmean(one.kl for one in found)) for name, found in changes.items()}
 
 
 @hookimpl

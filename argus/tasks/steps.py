@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argus.errors import ConfigError
 from argus.ledger import Ledger
 from argus.tasks.base import Row, Run
+
+LETTERS, TAIL = 8, 100
+"""Letters of the prose that are read for each token, and letters at its end where no passage begins."""
 
 
 @dataclass
@@ -43,27 +48,45 @@ class Clock:
         return ordered[len(ordered) // 2] if ordered else 0.0
 
 
-def ids_of(run: Run, tokens: list[int]) -> Tensor:
-    """Token ids ``[1, T]`` on the run's device."""
-    return torch.tensor([tokens], device=run.device)
+def ids_of(run: Run, *rows: Sequence[int]) -> Tensor:
+    """Token ids ``[B, T]`` on the run's device, of `rows` of one length."""
+    return torch.tensor([list(row) for row in rows], device=run.device)
 
 
 @torch.inference_mode()
+def forward(run: Run, held: Any, ids: Tensor, last: int = 1) -> Tensor:
+    """Run the model over `ids` ``[B, T]`` with the cache `held`: logits ``[B, last, V]`` of the last tokens; 0: of all."""
+    logits: Tensor = run.model(ids, past_key_values=held, use_cache=True, logits_to_keep=last).logits
+    return logits
+
+
 def feed(run: Run, held: Any, ids: Tensor, last: bool = True) -> Tensor:
-    """Run the model over `ids` ``[1, T]`` with the cache `held`: logits ``[V]`` of the last token, or of all ``[T, V]``."""
-    logits: Tensor = run.model(ids, past_key_values=held, use_cache=True, logits_to_keep=1 if last else 0).logits[0]
+    """What :func:`forward` does, for one row ``[1, T]``: logits ``[V]`` of the last token, or of all ``[T, V]``."""
+    logits = forward(run, held, ids, 1 if last else 0)[0]
     return logits[-1] if last else logits
 
 
-def decode(run: Run, held: Any, logits: Tensor, tokens: int, clock: Clock | None = None) -> list[int]:
-    """Decode `tokens` tokens greedily, the first from `logits`."""
-    out = [int(logits.argmax())]
+def decode(
+    run: Run, held: Any, logits: Tensor, tokens: int, clock: Clock | None = None, never: Sequence[int] = ()
+) -> list[list[int]]:
+    """Decode `tokens` tokens of every row greedily, the first from `logits` ``[B, V]``; those in `never` are not chosen."""
     timer = clock or Clock(run.device)
-    while len(out) < tokens:
+    barred = torch.tensor(never, dtype=torch.long, device=run.device)
+    out: list[Tensor] = []
+    while True:
+        out.append(logits.index_fill(-1, barred, -torch.inf).argmax(-1))
+        if len(out) == tokens:
+            return torch.stack(out, 1).tolist()
         with timer.timed():
-            logits = feed(run, held, ids_of(run, out[-1:]))
-            out.append(int(logits.argmax()))
-    return out
+            logits = forward(run, held, out[-1][:, None])[:, -1]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a cache costs against another, nats a token: change in negative log-likelihood, and divergence."""
+
+    nll: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,10 @@ class Scores:
         """Mean divergence of these next-token distributions from those of `reference`, nats."""
         return float((reference.logits.exp() * (reference.logits - self.logits)).sum(-1).mean())
 
+    def change(self, reference: Scores) -> Change:
+        """What these cost against `reference`."""
+        return Change(self.nll - reference.nll, self.kl(reference))
+
 
 def score(run: Run, held: Any, ids: Tensor) -> Scores:
     """Score `ids` ``[1, T]`` after what `held` holds; the first token is not scored."""
@@ -89,9 +116,10 @@ def score(run: Run, held: Any, ids: Tensor) -> Scores:
     return Scores(logits, ids[0, 1:])
 
 
-def memory(ledger: Ledger) -> Row:
-    """The figures of a ledger, as rows name them."""
-    return {"cache_bytes": ledger.bytes, "bits_per_value": ledger.bits_per_value, "compression": ledger.compression}
+def memory(ledger: Ledger, rows: int = 1) -> Row:
+    """The figures of a ledger, as rows name them: bytes a sequence of a batch of `rows`."""
+    figures = {"bits_per_value": ledger.bits_per_value, "compression": ledger.compression}
+    return {"cache_bytes": round(ledger.bytes / rows), **figures}
 
 
 @cache
@@ -100,3 +128,23 @@ def prose() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def passage(tokenizer: Any, length: int, draw: random.Random, more: int = 0) -> list[int]:
+    """`length` token ids of the prose from a place that `draw` chooses, and the `more` after them.
+
+    The place depends on `length` alone; at its end the prose begins again.
+
+    Raises
+    ------
+    ConfigError
+        If the prose may be too short.
+    """
+    text = prose()
+    most = (len(text) - TAIL) // LETTERS
+    if length + more >= most:
+        raise ConfigError(f"{length + more} tokens are more than the prose surely has; allowed: fewer than {most}")
+    start = text.index(" ", draw.randrange(len(text) - length * LETTERS - TAIL))
+    letters = (text + text)[start : start + (length + more) * LETTERS]
+    ids: list[int] = tokenizer(letters, add_special_tokens=False).input_ids
+    return ids[: length + more]

@@ -98,7 +98,7 @@ class Tier(ABC):
         return
 
     def form(self, role: Role) -> object | None:
-        """A description of the codes that a backend may know how to read in place; None: decode them."""
+        """How a backend may read the codes in place, by a form it knows or :class:`argus.backends.base.Loaded`; None: not."""
         return None
 
     def shared(self) -> dict[str, Tensor]:

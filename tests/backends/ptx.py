@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -40,6 +41,18 @@ def inline_asm(
         results = mma(arrays, np.int8 if ".s32.s8." in name else np.uint8)
     elif name.startswith("mma.sync.aligned.m16n8k16"):
         results = mma16(arrays, bf16="bf16" in name)
+    elif "ld.global.nc.b16" in asm:
+        results = [np.array([int.from_bytes(ctypes.string_at(int(at), 2), "little") for at in arrays[0]], np.int32)]
+    elif "st.global" in asm:
+        for lane in np.flatnonzero(arrays[-1]):
+            numbers = np.array([x[lane] for x in arrays[1:-1]], np.float32)
+            ctypes.memmove(int(arrays[0][lane]), numbers.ctypes.data, numbers.nbytes)
+        results = [np.zeros(32, np.int32)]
+    elif "cvt.rn.f16x2.e4m3x2" in asm:
+        results = e4m3(arrays[0])
+    elif name == "mul.rn.f16x2":
+        a, b = (np.ascontiguousarray(x.astype(np.int32)).view(np.float16) for x in arrays)
+        results = [(a * b).view(np.int32)]
     else:
         raise NotImplementedError(asm)
     kinds = dtype if isinstance(dtype, tuple) else (dtype,)
@@ -96,3 +109,10 @@ def mma16(args: Sequence[np.ndarray], bf16: bool) -> list[np.ndarray]:
         c[G + 8 * (r // 2), 2 * T + r % 2] = args[6 + r]
     d = a @ b + c
     return [d[G + 8 * (r // 2), 2 * T + r % 2].astype(np.float32) for r in range(4)]
+
+
+def e4m3(words: np.ndarray) -> list[np.ndarray]:
+    """Two words of two FP16 each from four E4M3 codes."""
+    codes = torch.from_numpy(as_bytes(words).copy()).view(torch.float8_e4m3fn)
+    halves = codes.to(torch.float16).view(torch.int16).numpy().reshape(32, 2, 2)
+    return [np.ascontiguousarray(halves[:, i]).view(np.int32)[:, 0] for i in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from types import SimpleNamespace
 
@@ -145,6 +146,10 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows no inline assembly."""
     if not CUDA:
         monkeypatch.setattr(launch.tl, "inline_asm_elementwise", ptx.inline_asm)
+        # The interpreter leaves constants in tuples wrapped, and counts loops in plain integers.
+        for name, operation in (("mod", operator.mod), ("lshift", operator.lshift), ("rshift", operator.rshift)):
+            reflected = lambda self, other, operation=operation: operation(other, self.value)  # noqa: E731
+            monkeypatch.setattr(launch.tl.constexpr, f"__r{name}__", reflected, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +200,9 @@ PAIRS = [
     ("int7", "int7-token"),
     ("plain", "int3-token"),
     ("int2", "plain"),
+    ("fp8", "fp8"),
+    ("fp8-token", "fp8-token"),
+    ("fp8", "fp8-token"),
 ]
 
 
@@ -209,8 +217,8 @@ def test_forms(key: str, value: str) -> None:
 @pytest.mark.parametrize("bits", [1, 3, 4])
 def test_choices_of_tuning(monkeypatch: pytest.MonkeyPatch, bits: int, registers: int | None, prefetch: bool) -> None:
     monkeypatch.setattr(tuning, "prefetch", lambda *_: prefetch)
-    monkeypatch.setattr(tuning, "code_registers", lambda *_: registers)
-    monkeypatch.setattr(tuning, "code_warps", lambda *_: 3)
+    monkeypatch.setattr(tuning, "registers", lambda *_: registers)
+    monkeypatch.setattr(tuning, "resident", lambda *_: 3)
     Case(Affine(bits, "channel"), Affine(bits, "token"), counts=(3,), batch=1, heads=1, exact=False).check()
 
 

@@ -11,10 +11,11 @@ from argus.attention import Query, answer_bounded
 from argus.backends.base import Affine, Dense, Float8, Payload, Segment, grouped
 from argus.backends.cpu import CpuBackend, PagePart
 from argus.backends.triton import layout
+from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
 
 DECODE = 8
-"""Query tokens up to which the fused kernels answer; longer chunks decode a bounded block at a time."""
+"""Query tokens up to which the fused kernels answer from codes; longer chunks decode a bounded block at a time to FP16."""
 ROWS = 128
 """Rows (query heads a key-value head times query tokens) that they take."""
 LOG2E = 1.4426950408889634
@@ -31,6 +32,7 @@ class TritonBackend(CpuBackend):
 
     def __init__(self) -> None:
         self.tables = Tables()
+        self.sights = Sights()
 
     def quantize(self, x: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec
@@ -66,14 +68,18 @@ class TritonBackend(CpuBackend):
 
         return codec.project(x, matrix)
 
+    def tensors(self) -> list[Tensor]:
+        return self.tables.tensors()
+
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         if query.length > DECODE or query.rows.shape[2] > ROWS:
-            return super().attend(query, segments, dense, sinks)
+            return self._attend_chunk(query, segments, dense, sinks)
         from argus.backends.triton import launch
 
         pages = self.tables.of(segments)
-        jobs = [launch.plan(query, part) for part in (*pages.runs, *(part for part in dense if part.keys.shape[2]))]
+        jobs = launch.plan(query, [*pages.runs, *(part for part in dense if part.keys.shape[2])])
         work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
+        self.workspace = max(self.workspace, 4 * (work.out.numel() + work.lse.numel()))
         slot = launch.answer_all(query, jobs, work)
         for place in pages.others:
             out, lse = answer_bounded(query, [PagePart([segments[place]])])
@@ -81,3 +87,14 @@ class TritonBackend(CpuBackend):
             work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
             slot += 1
         return launch.merge(query, work, sinks)
+
+    def _attend_chunk(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None) -> Tensor:
+        # Who keeps exact tokens in float32 wants more than FP16 products.
+        if any(torch.float32 in (part.keys.dtype, part.values.dtype) for part in dense):
+            return super().attend(query, segments, dense, sinks)
+        from argus.backends.triton import prefill
+
+        held = [part for part in dense if part.keys.shape[2]]
+        out, used = prefill.attend(query, segments, held, sinks, self.sights.of(query))
+        self.workspace = max(self.workspace, used)
+        return out

@@ -1,7 +1,7 @@
-"""Decode attention over pages and exact tokens in place: kernels for any form, and the merge of their answers.
+"""Decode attention over pages and exact tokens in place: kernels for any form, a tier's own included.
 
 Every kernel answers for a share of the tokens (a *split*) with its average and base-2 log-sum-exp, as FlashDecoding does
-(Dao et al. 2023); one kernel merges them. Nothing decoded is written to memory.
+(Dao et al. 2023). Nothing decoded is written to memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,25 @@ def _field_at(base, word, lane, byte, SHIFT: tl.constexpr, BITS: tl.constexpr, D
 
 
 @triton.jit
+def planar(base, tok, ch, seen, BITS: tl.constexpr, D: tl.constexpr):
+    """Codes of tokens and channels, int32, that :func:`argus.backends.cpu.pack` packed along D channels; base: uint8."""
+    code = tl.zeros(seen.shape, tl.int32)
+    if BITS & 8:
+        code |= _plane_at(base, tok, ch, 0, 0, 8, BITS, D, seen)
+    if BITS & 4:
+        code |= _plane_at(base, tok, ch, 0, 0, 4, BITS, D, seen)
+    if BITS & 2:
+        code |= _plane_at(base, tok, ch, (BITS & 4) * D // 8, BITS & 4, 2, BITS, D, seen)
+    if BITS & 1:
+        code |= _plane_at(base, tok, ch, (BITS & 6) * D // 8, BITS & 6, 1, BITS, D, seen)
+    return code
+
+
+@triton.jit
 def _codes(base, tok, ch, seen, BITS: tl.constexpr, TOKENS: tl.constexpr, FRAGMENTS: tl.constexpr, D: tl.constexpr):
     """Codes of tokens and channels, int32, broadcast together."""
-    code = tl.zeros(seen.shape, tl.int32)
     if FRAGMENTS:
+        code = tl.zeros(seen.shape, tl.int32)
         u = tok % 64
         if TOKENS:
             lane = (ch % 8) * 4 + u // 16
@@ -54,25 +69,20 @@ def _codes(base, tok, ch, seen, BITS: tl.constexpr, TOKENS: tl.constexpr, FRAGME
         if BITS & 1:
             code |= _field_at(base + (BITS & 6) * D * 8, word, lane, byte, BITS & 6, 1, D, seen)
     else:
-        if BITS & 8:
-            code |= _plane_at(base, tok, ch, 0, 0, 8, BITS, D, seen)
-        if BITS & 4:
-            code |= _plane_at(base, tok, ch, 0, 0, 4, BITS, D, seen)
-        if BITS & 2:
-            code |= _plane_at(base, tok, ch, (BITS & 4) * D // 8, BITS & 4, 2, BITS, D, seen)
-        if BITS & 1:
-            code |= _plane_at(base, tok, ch, (BITS & 6) * D // 8, BITS & 6, 1, BITS, D, seen)
+        code = planar(base, tok, ch, seen, BITS, D)
     return code
 
 
 @triton.jit
 def _tile(
-    codes, scales, zeros, tok, ch, seen, inner, P: tl.constexpr, D: tl.constexpr,
+    codes, scales, zeros, own, tok, ch, seen, inner, P: tl.constexpr, D: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of tokens and channels of one page and head, float32. KIND 0: plain, 1: E4M3, 2: affine."""
-    if KIND == 0:
+    """Numbers of tokens and channels of one page and head, float32. KIND 0: plain, 1: E4M3, 2: affine, 3: what LOAD reads."""
+    if KIND == 3:
+        x = LOAD(codes, scales, zeros, own, tok, ch, seen, inner, P, D, BITS)
+    elif KIND == 0:
         base = codes.to(tl.pointer_type(ELEMENT)) + inner * P * D
         x = tl.load(base + tok * D + ch, mask=seen, other=0.0).to(tl.float32)
     else:
@@ -165,10 +175,13 @@ def _pages_kernel(
     q_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
     pages, per_split, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, RB: tl.constexpr, TB: tl.constexpr,
-    KKIND: tl.constexpr, KBITS: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, KSYM: tl.constexpr, KFRAG: tl.constexpr,
-    VKIND: tl.constexpr, VBITS: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr, VSYM: tl.constexpr, VFRAG: tl.constexpr,
+    KKIND: tl.constexpr, KBITS: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, KSYMMETRIC: tl.constexpr,
+    KFRAGMENTS: tl.constexpr,
+    VKIND: tl.constexpr, VBITS: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr, VSYMMETRIC: tl.constexpr,
+    VFRAGMENTS: tl.constexpr,
     KELEMENT: tl.constexpr, VELEMENT: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
     KWIDE: tl.constexpr, VWIDE: tl.constexpr, FIELDS: tl.constexpr,
+    k_own=None, v_own=None, KLOAD: tl.constexpr = None, VLOAD: tl.constexpr = None,
 ):  # fmt: skip
     """Answer for a share of the pages of one head, of any forms."""
     split = tl.program_id(0)
@@ -193,15 +206,15 @@ def _pages_kernel(
             held = held & (tl.load(marks + tok, mask=tok < P, other=1) == 0)
         seen = (tok < P)[:, None] & (ch < D)[None, :]
         k = _tile(
-            tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2), tok[:, None], ch[None, :], seen, inner, P, D,
-            KKIND, KBITS, KTOKENS, KG, KSYM, KFRAG, KELEMENT,
+            tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2), k_own, tok[:, None], ch[None, :], seen, inner, P, D,
+            KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
         )  # fmt: skip
         s = _capped(_scores(q, k, KWIDE, KKIND == 0), cap, CAPPED)
         pos = tl.load(positions_ptr + page) + tok
         s = _seen_by(row, pos, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
         v = _tile(
-            tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5), tok[:, None], ch[None, :], seen, inner, P, D,
-            VKIND, VBITS, VTOKENS, VG, VSYM, VFRAG, VELEMENT,
+            tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5), v_own, tok[:, None], ch[None, :], seen, inner, P, D,
+            VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
         )  # fmt: skip
         m, total, acc = _advance(s, v, m, total, acc, VWIDE)
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)
@@ -244,33 +257,3 @@ def _dense_kernel(
         v = tl.load(v_ptr + tok[:, None] * v_token + ch[None, :], mask=seen, other=0.0).to(tl.float32)
         m, total, acc = _advance(s, v, m, total, acc, WIDE)
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)
-
-
-@triton.jit
-def _merge_kernel(
-    part_ptr, lse_ptr, sinks_ptr, out_ptr, slots, heads, R, S,
-    D: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """Merge the answers of all splits for one row and some channels."""
-    inner = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
-    ch = tl.program_id(2) * CB + tl.arange(0, CB)
-    m = -float("inf")
-    total = 0.0
-    acc = tl.zeros((CB,), tl.float32)
-    if SINKS:
-        m = tl.load(sinks_ptr + (inner % heads) * (R // S) + row // S).to(tl.float32) * 1.4426950408889634
-        total = 1.0
-    for begin in range(0, slots, NB):
-        n = begin + tl.arange(0, NB)
-        at = (inner * slots + n) * R + row
-        lse = tl.load(lse_ptr + at, mask=n < slots, other=float("-inf"))
-        best = tl.maximum(m, tl.max(lse, 0))
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        w = tl.exp2(lse - safe)
-        keep = tl.exp2(m - safe)
-        part = tl.load(part_ptr + at[:, None] * D + ch[None, :], mask=(n < slots)[:, None] & (ch < D)[None, :], other=0.0)
-        acc = acc * keep + tl.sum(part * w[:, None], 0)
-        total = total * keep + tl.sum(w, 0)
-        m = best
-    tl.store(out_ptr + (inner * R + row) * D + ch, acc / tl.where(total > 0.0, total, 1.0), mask=ch < D)

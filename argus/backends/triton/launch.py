@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -12,15 +13,14 @@ from torch import Tensor
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Float8, Plain
-from argus.backends.triton import layout, tuning
-from argus.backends.triton.decode import _dense_kernel, _merge_kernel, _pages_kernel
-from argus.backends.triton.half import _half_kernel
-from argus.backends.triton.projected import _projected_kernel
+from argus.backends.triton import forms, fused, layout, tuning
+from argus.backends.triton.decode import _dense_kernel, _pages_kernel
+from argus.backends.triton.fused import _decode_kernel, _merge_kernel
 from argus.backends.triton.tables import FIELDS, Run
-from argus.backends.triton.warp import _warp_kernel
 
 ROWS = 4
 """Rows that a warp answers for."""
+SHARES = {"codes": fused.CODES, "projected": fused.PROJECTED, "pages": fused.PAGES, "dense": fused.DENSE}
 
 
 @dataclass(frozen=True)
@@ -71,68 +71,84 @@ class Workspace:
         )
 
 
-_ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def _described(form: object, payload: dict[str, Tensor], page: int, dim: int) -> tuple[int, int, bool, int, bool, bool]:
-    """KIND, BITS, TOKENS, G, SYMMETRIC and FRAGMENTS of a form."""
-    if not isinstance(form, (Affine, Float8)):
-        return 0, 16, False, 1, True, False
-    group = form.group or (page if form.axis == "channel" else dim)
-    if isinstance(form, Float8):
-        return 1, 8, form.axis == "token", group, True, False
-    return 2, form.bits, form.axis == "token", group, form.symmetric, layout.in_fragments(page, dim)
-
-
 @dataclass(frozen=True)
 class Job:
-    """One launch: a part, the kernel that answers for it, and how many programs a head it gets.
+    """A part, the kernel that answers for it, and how many programs a head it gets.
 
     Attributes
     ----------
     part : Run or Dense
-    kernel : {"codes", "halves", "projected", "any"}
-        Integer tensor cores on codes in fragment order; 16-bit tokens; projected pages; anything, decoded in registers.
+    share : {"codes", "projected", "pages", "dense", "any"}
+        Which share of the fused kernel: integer tensor cores on codes in fragment order; projected pages; pages of 16-bit
+        tokens or E4M3 codes; 16-bit tokens in a row. ``any``: a launch of its own, for anything, decoded in registers.
     units : int
         Units of work of that kernel.
+    constants : tuple
+        What the share is compiled for.
+    cost : float
+        Of a unit, in the time that 64 tokens of 2-bit codes take.
     splits : int
         Programs a head.
     """
 
     part: Run | Dense
-    kernel: str
+    share: str
     units: int
-    splits: int
+    constants: tuple[Any, ...] = ()
+    cost: float = 1.0
+    splits: int = 1
 
 
-def plan(query: Query, part: Run | Dense) -> Job:
-    """The launch that answers `query` for a part."""
+def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
+    """The jobs that answer `query` for all parts: those of the fused kernel, in order, and then the others."""
     batch, heads, rows, dim = query.rows.shape
     processors = tuning.processors(query.rows.device)
-    tiles = batch * heads * triton.cdiv(rows, ROWS)
+    jobs = [job_of(query, part) for part in parts]
+    fused = [job for job in jobs if job.share != "any"]
+    resident = tuning.resident([(job.share, job.constants) for job in fused], dim)
+    room = max(1, processors * resident // (batch * heads * triton.cdiv(rows, ROWS)))
+    splits = tuning.divide([job.units for job in fused], [job.cost for job in fused], room)
+    out = [replace(job, splits=count) for job, count in zip(fused, splits, strict=True)]
+    for job in jobs:
+        if job.share == "any":
+            least = 128 if isinstance(job.part, Dense) else 1
+            out.append(replace(job, splits=tuning.splits(job.units, batch * heads, least, processors, 4)))
+    return out
+
+
+def job_of(query: Query, part: Run | Dense) -> Job:
+    """The job of one part, before it is told how many programs it gets."""
+    dim = query.rows.shape[-1]
+    mask = Mask.of(query, part.last).kind
     if isinstance(part, Dense):
         tokens = part.keys.shape[2]
         if part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim):
-            units = triton.cdiv(tokens, 16)
-            return Job(part, "halves", units, tuning.splits(units, tiles, 1, processors, tuning.HALF_WARPS))
-        return Job(part, "any", tokens, tuning.splits(tokens, batch * heads, 128, processors, 4))
+            constants = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask)
+            return Job(part, "dense", triton.cdiv(tokens, 16), constants, tuning.DENSE)
+        return Job(part, "any", tokens)
     if part.matrices:
-        return Job(part, "projected", part.pages, tuning.splits(part.pages, tiles, 4, processors, tuning.PROJECTED))
+        return Job(part, "projected", part.pages, (mask, part.exact), tuning.PROJECTED)
+    key, value, page = part.key_form, part.value_form, part.page
     if in_codes(query, part):
-        units = part.pages * (part.page // layout.BLOCK)
-        resident = tuning.code_warps(part.key_form.bits, part.value_form.bits, dim, units * tiles // processors)
-        return Job(part, "codes", units, tuning.splits(units, tiles, 2, processors, resident))
-    plain = isinstance(part.key_form, Plain) and isinstance(part.value_form, Plain)
-    kinds = {payload["codes"].dtype for payload in (part.keys, part.values)}
-    unit = 16 * tuning.half_tiles(dim)
-    if plain and len(kinds) == 1 and in_halves(kinds.pop(), dim) and part.page % unit == 0:
-        units = part.pages * (part.page // unit)
-        return Job(part, "halves", units, tuning.splits(units, tiles, 2, processors, tuning.HALF_WARPS))
-    return Job(part, "any", part.pages, tuning.splits(part.pages, batch * heads, 1, processors, 4))
+        early = tuning.prefetch(key.bits, value.bits, dim)
+        constants = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
+        return Job(part, "codes", part.pages * (page // layout.BLOCK), constants, tuning.codes(key.bits, value.bits))
+    tiles = tuning.half_tiles(dim)
+    if in_pages(part, dim, 16 * tiles):
+        coded = isinstance(key, Float8)
+        scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
+        constants = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
+        return Job(part, "pages", part.pages * (page // (16 * tiles)), constants, tuning.EIGHT if coded else tuning.SIXTEEN)
+    return Job(part, "any", part.pages)
+
+
+def _group(form: Affine | Float8, page: int, dim: int) -> int:
+    """Numbers that share a scale."""
+    return form.group or (page if form.axis == "channel" else dim)
 
 
 def in_codes(query: Query, run: Run) -> bool:
-    """Whether the integer tensor core kernel answers for `run`."""
+    """Whether the integer tensor cores answer for `run`."""
     key, value, dim = run.key_form, run.value_form, query.rows.shape[-1]
     return (
         isinstance(key, Affine)
@@ -146,114 +162,84 @@ def in_codes(query: Query, run: Run) -> bool:
 
 
 def in_halves(dtype: torch.dtype, dim: int) -> bool:
-    """Whether the 16-bit kernel reads tokens of this kind."""
+    """Whether 16-bit tensor cores take tokens of this kind as they are."""
     return dtype in (torch.float16, torch.bfloat16) and dim % 64 == 0
 
 
+def in_pages(run: Run, dim: int, unit: int) -> bool:
+    """Whether 16-bit tensor cores answer for `run`, taking so many tokens at once."""
+    forms = (run.key_form, run.value_form)
+    if run.page % unit or dim % 64:
+        return False
+    if all(isinstance(form, Float8) for form in forms):
+        return all(_group(form, run.page, dim) % (8 if form.axis == "token" else unit) == 0 for form in forms)
+    kinds = {payload["codes"].dtype for payload in (run.keys, run.values)}
+    return all(isinstance(form, Plain) for form in forms) and len(kinds) == 1 and in_halves(kinds.pop(), dim)
+
+
+def odd(number: int) -> int:
+    """A number as the fused kernel takes it: Triton compiles anew for integers in a tuple that are 1 or divide by 16."""
+    return 2 * number + 3
+
+
 def answer_all(query: Query, jobs: Sequence[Job], work: Workspace) -> int:
-    """Answer for all parts into slots from the first on, and tell the next free slot; side by side in a CUDA graph."""
-    graph = query.rows.is_cuda and torch.cuda.is_current_stream_capturing()
-    current = torch.cuda.current_stream() if graph else None
-    sides: list[torch.cuda.Stream] = []
+    """Answer for all parts into slots from the first on, and tell the next free slot."""
     slot = 0
-    for place, job in enumerate(jobs):
-        if current is None or place == len(jobs) - 1:
-            answer(query, job, work, slot)
-        else:
-            side = torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                answer(query, job, work, slot)
-            sides.append(side)
-        slot += job.splits
-    for side in sides:
-        current.wait_stream(side)
-    return slot
+    for job in jobs:
+        if job.share == "any":
+            (_answer_dense if isinstance(job.part, Dense) else _answer_pages)(query, job, work, slot)
+            slot += job.splits
+    return _answer_fused(query, [job for job in jobs if job.share != "any"], work, slot)
 
 
-def answer(query: Query, job: Job, work: Workspace, slot: int) -> None:
-    """Answer for a part into ``job.splits`` slots from `slot` on."""
-    if job.kernel == "codes":
-        _answer_codes(query, job, work, slot)
-    elif job.kernel == "halves":
-        _answer_halves(query, job, work, slot)
-    elif job.kernel == "projected":
-        _answer_projected(query, job, work, slot)
-    elif isinstance(job.part, Dense):
-        _answer_dense(query, job, work, slot)
-    else:
-        _answer_pages(query, job, work, slot)
-
-
-def _answer_codes(query: Query, job: Job, work: Workspace, slot: int) -> None:
+def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int) -> int:
+    if not jobs:
+        return slot
     batch, heads, rows, dim = query.rows.shape
-    run, mask = job.part, Mask.of(query, job.part.last)
-    key, value = run.key_form, run.value_form
-    _warp_kernel[(job.splits, batch * heads, triton.cdiv(rows, ROWS))](
-        query.rows.contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
-        job.units, triton.cdiv(job.units, job.splits), slot, work.out.shape[1], heads, rows, query.length,
-        *mask.strides, mask.lowest, query.softcap or 0.0,
-        run.page, dim, key.bits, key.group or run.page, key.symmetric, value.bits, value.symmetric,
-        mask.kind, run.exact, query.softcap is not None, FIELDS, tuning.prefetch(key.bits, value.bits, dim),
-        num_warps=1, maxnreg=tuning.code_registers(key.bits, value.bits, dim),
+    mask = Mask.of(query, 0)
+    arguments, first = [], 0
+    for job in jobs:
+        constants = tuple(tl.constexpr(fact) for fact in job.constants)
+        arguments.append((odd(first), odd(job.splits), odd(job.units), _source(job.part), SHARES[job.share], constants))
+        first += job.splits
+    registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
+    _decode_kernel[(first, batch * heads, triton.cdiv(rows, ROWS))](
+        query.rows.contiguous(), work.out, work.lse, mask.tensor,
+        slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
+        tuple(arguments), dim, query.mask is not None, query.softcap is not None, FIELDS,
+        query.rows.is_cuda, num_warps=1, maxnreg=registers,
     )  # fmt: skip
+    return slot + first
 
 
-def _answer_projected(query: Query, job: Job, work: Workspace, slot: int) -> None:
-    batch, heads, rows, dim = query.rows.shape
-    run, mask = job.part, Mask.of(query, job.part.last)
-    _projected_kernel[(job.splits, batch * heads, triton.cdiv(rows, ROWS))](
-        query.rows.contiguous(), run.table, run.positions, *run.matrices, work.out, work.lse, mask.tensor,
-        run.pages, triton.cdiv(run.pages, job.splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
-        *mask.strides, mask.lowest, query.softcap or 0.0,
-        *(float(form.ratio) if form.unbiased else 1.0 for form in (run.key_form, run.value_form)),
-        dim, mask.kind, run.exact, query.softcap is not None, FIELDS, num_warps=1,
-    )  # fmt: skip
-
-
-def _answer_halves(query: Query, job: Job, work: Workspace, slot: int) -> None:
-    batch, heads, rows, dim = query.rows.shape
-    part, mask = job.part, Mask.of(query, job.part.last)
-    grid = (job.splits, batch * heads, triton.cdiv(rows, ROWS))
-    share = triton.cdiv(job.units, job.splits)
-    common = (share, slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest)
-    softcap = query.softcap or 0.0
-    registers = tuning.HALF_REGISTERS if dim <= 128 else None
+def _source(part: Run | Dense) -> tuple[Any, ...]:
+    """Where a share finds its part."""
     if isinstance(part, Run):
-        kind = part.keys["codes"].dtype
-        _half_kernel[grid](
-            query.rows.contiguous(), part.table, part.positions, work.out, work.out, work.out, work.lse, mask.tensor,
-            0, 0, 0, 0, 0, 0, 0, 0, job.units, *common, softcap,
-            part.page, dim, tuning.half_tiles(dim), kind == torch.bfloat16, False, False,
-            mask.kind, part.exact, query.softcap is not None, FIELDS, num_warps=1, maxnreg=registers,
-        )  # fmt: skip
-        return
+        factors = [float(form.ratio) if form.unbiased else 1.0 for form in (part.key_form, part.value_form) if part.matrices]
+        return (part.table, part.positions, *part.matrices, *factors)
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
-    placed = part.positions is not None
-    _half_kernel[grid](
-        query.rows.contiguous(), work.lse, part.positions.contiguous() if placed else work.lse, keys, values,
-        work.out, work.lse, mask.tensor, keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3],
-        job.units, *common, softcap,
-        16, dim, 1, keys.dtype == torch.bfloat16, True, placed,
-        mask.kind, False, query.softcap is not None, FIELDS, num_warps=1, maxnreg=registers,
-    )  # fmt: skip
+    placed = part.positions.contiguous() if part.positions is not None else keys
+    counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
+    return (keys, values, placed, *(odd(count) for count in counts))
 
 
 def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
     batch, heads, rows, dim = query.rows.shape
     run, splits = job.part, job.splits
     mask = Mask.of(query, run.last)
-    wide = [payload["codes"].dtype == torch.float32 for payload in (run.keys, run.values)]
-    elements = [_ELEMENTS.get(payload["codes"].dtype, tl.uint8) for payload in (run.keys, run.values)]
     tile = tuning.tile(dim, rows)
+    constants: dict[str, Any] = {"k_own": forms.own(run.key_form, query.rows), "v_own": forms.own(run.value_form, query.rows)}
+    for role, form, payload in (("K", run.key_form, run.keys), ("V", run.value_form, run.values)):
+        constants |= {role + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
     _pages_kernel[(splits, batch * heads)](
-        query.rows.contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
+        forms.turned(run.key_form, query.rows).contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
         run.pages, triton.cdiv(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
         run.page, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(rows)), tile,
-        *_described(run.key_form, run.keys, run.page, dim), *_described(run.value_form, run.values, run.page, dim),
-        *elements, mask.kind, run.exact, query.softcap is not None, *wide, FIELDS, **tuning.options(dim, rows),
+        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **constants,
+        **tuning.options(dim, rows),
     )  # fmt: skip
+    forms.turn_back(run.value_form, work.out[:, slot : slot + splits])
 
 
 def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
@@ -279,10 +265,12 @@ def merge(query: Query, work: Workspace, sinks: Tensor | None) -> Tensor:
     """The answer ``[B, H, R, D]`` float32 of all splits and the sinks."""
     batch, heads, rows, dim = query.rows.shape
     out = torch.empty_like(query.rows, memory_format=torch.contiguous_format)
-    slots, chunk = work.out.shape[1], min(32, triton.next_power_of_2(dim))
-    at_once = min(256, max(2, triton.next_power_of_2(slots)))
+    slots, chunk = work.out.shape[1], min(16, triton.next_power_of_2(dim))
+    at_once = min(512, max(2, triton.next_power_of_2(slots)))
+    early = query.rows.is_cuda
     _merge_kernel[(batch * heads, rows, triton.cdiv(dim, chunk))](
         work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length,
-        dim, chunk, at_once, sinks is not None, num_warps=max(1, min(8, at_once * chunk // 1024)),
+        dim, chunk, at_once, sinks is not None, early, num_warps=max(1, min(8, at_once * chunk // 1024)),
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

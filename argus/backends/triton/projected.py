@@ -2,7 +2,7 @@
 
 A page is ``x = mean + W^T c`` with 16 rows ``c`` for 64 tokens, so ``q . x = q . mean + W^T (c q)`` and
 ``p x = sum(p) mean + (W p) c``. Coefficients are planar 4-bit codes with a scale and a zero a row: ``c q`` is
-``(codes q) * scale + sum(q) * zero``, and the values' scales go into ``W p``. Built as ``warp.py`` is: products with codes on
+``(codes q) * scale + sum(q) * zero``, and the values' scales go into ``W p``. Built as ``codes.py`` is: products with codes on
 integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W`` and means on ``mma.m16n8k16``, every FP32 factor
 as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` stays in registers.
 """
@@ -12,17 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.half import _mma16, _short
-from argus.backends.triton.warp import (
+from argus.backends.triton.lanes import (
     REACH,
+    _base2,
     _bits,
     _bytes,
     _halves,
     _load1,
     _load2,
     _load4,
+    _load16,
     _mma,
+    _mma16,
     _most,
+    _seen,
+    _short,
+    _store2,
     _sum,
     _transposed,
     _xor,
@@ -63,38 +68,47 @@ def _parts(x):
 
 @triton.jit
 def _half_at(at):
-    return tl.load(at.to(tl.pointer_type(tl.float16))).to(tl.float32)
+    return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _projected_kernel(
-    q_ptr, table_ptr, positions_ptr, key_matrix, value_matrix, out_ptr, lse_ptr, mask_ptr,
-    pages, per_split, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
-    key_factor, value_factor,
+def _floats(at, COUNT: tl.constexpr):
+    """COUNT neighbouring float32 from one address a lane."""
+    words = _words(at, COUNT)
+    x = ()
+    for i in tl.static_range(COUNT):
+        x = x + (words[i].to(tl.float32, bitcast=True),)
+    return x
+
+
+@triton.jit
+def _projected_share(
+    q_ptr, run, result, where, mask, lowest, latest, cap, begin, end,
     D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Answer four rows of one head for a share of the pages."""
-    split = tl.program_id(0)
-    inner = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(2)
+    """Answer four rows of one head for pages `begin` to `end`.
+
+    run: table and positions of pages, matrices of keys and of values, and their factors. result: where average and
+    log-sum-exp go. where: head, first row, rows.
+    """
+    table_ptr, positions_ptr, key_matrix, value_matrix, key_factor, value_factor = run
+    inner = where[0]
+    R = where[2]
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     part = g % 2
-    q_at = q_ptr + (inner * R + tl.minimum(tile * 4 + g // 2, R - 1)) * D
-    row = tile * 4 + t
+    q_at = q_ptr.to(tl.int64) + (inner * R + tl.minimum(where[1] + g // 2, R - 1)) * (D * 4)
+    row = where[1] + t
     held_row = tl.minimum(row, R - 1)
-    if MASK:
-        head = (inner % heads) * (R // S) + held_row // S
-        mask_row = (inner // heads) * mask_batch + head * mask_head + (held_row % S) * mask_step
     # q as two int8 parts for codes and as two FP16 parts for means, each in the order in which lanes load its factor.
     KW: tl.constexpr = D // 32
     size = tl.zeros((32,), tl.float32)
     q_sum = tl.zeros((32,), tl.float32)
+    q = _floats(q_at + t * D, D // 4)
     for i in tl.static_range(D // 4):
-        one = tl.load(q_at + t * (D // 4) + i)
-        size = tl.maximum(size, tl.abs(one))
-        q_sum += one
+        size = tl.maximum(size, tl.abs(q[i]))
+        q_sum += q[i]
     size = tl.maximum(size, _xor(size, 1))
     size = tl.maximum(tl.maximum(size, _xor(size, 2)), 1e-30)
     q_sum += _xor(q_sum, 1)
@@ -105,23 +119,23 @@ def _projected_kernel(
     b = ()
     for w in tl.static_range(KW):
         for h in tl.static_range(2):
-            at = q_at + h * (D // 2) + t * (D // 8) + 4 * w
-            low = _bytes(_bits(tl.load(at) * inverse), _bits(tl.load(at + 1) * inverse), pairs)
-            high = _bytes(_bits(tl.load(at + 2) * inverse), _bits(tl.load(at + 3) * inverse), pairs)
+            q = _floats(q_at + (h * (D // 2) + t * (D // 8) + 4 * w) * 4, 4)
+            low = _bytes(_bits(q[0] * inverse), _bits(q[1] * inverse), pairs)
+            high = _bytes(_bits(q[2] * inverse), _bits(q[3] * inverse), pairs)
             b = b + (_bytes(low, high, tl.full((32,), 0x5410, tl.int32)) ^ flip,)
     means = ()
     for n in tl.static_range(D // 8):
-        at = q_at + (n // 4) * 32 + t * 8 + (n % 4) * 2
-        high, low = _pair(tl.load(at), tl.load(at + 1))
+        q = _floats(q_at + ((n // 4) * 32 + t * 8 + (n % 4) * 2) * 4, 2)
+        high, low = _pair(q[0], q[1])
         means = means + (tl.where(part == 1, low, high),)
     # The facts of row t, from the lanes of the queries' columns 2 t.
-    q_row = q_ptr + (inner * R + held_row) * D
+    q_row = q_ptr.to(tl.int64) + (inner * R + held_row) * (D * 4)
     row_sum = tl.zeros((32,), tl.float32)
     row_size = tl.zeros((32,), tl.float32)
+    q = _floats(q_row + g * (D // 2), D // 8)
     for i in tl.static_range(D // 8):
-        one = tl.load(q_row + g * (D // 8) + i)
-        row_sum += one
-        row_size = tl.maximum(row_size, tl.abs(one))
+        row_sum += q[i]
+        row_size = tl.maximum(row_size, tl.abs(q[i]))
     row_sum = _sum(row_sum)
     unscale = tl.maximum(_most(row_size), 1e-30) * (1.0 / REACH)
     back = ()
@@ -129,10 +143,11 @@ def _projected_kernel(
     for i in tl.static_range(4):
         for r in tl.static_range(4):
             # A operand rows are tokens, columns coefficients; and the other way round.
-            at = key_matrix + (2 * t + 8 * (r // 2)) * 64 + 16 * i + g + 8 * (r % 2)
-            back = back + (_pair(tl.load(at) * key_factor, tl.load(at + 64) * key_factor),)
-            at = value_matrix + (g + 8 * (r % 2)) * 64 + 16 * i + 2 * t + 8 * (r // 2)
-            forth = forth + (_pair(tl.load(at) * value_factor, tl.load(at + 1) * value_factor),)
+            at = key_matrix.to(tl.int64) + ((2 * t + 8 * (r // 2)) * 64 + 16 * i + g + 8 * (r % 2)) * 4
+            back = back + (_pair(_floats(at, 1)[0] * key_factor, _floats(at + 256, 1)[0] * key_factor),)
+            at = value_matrix.to(tl.int64) + ((g + 8 * (r % 2)) * 64 + 16 * i + 2 * t + 8 * (r // 2)) * 4
+            two = _floats(at, 2)
+            forth = forth + (_pair(two[0] * value_factor, two[1] * value_factor),)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     none4 = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
@@ -141,7 +156,7 @@ def _projected_kernel(
     acc = ()
     for i in tl.static_range(D // 8):
         acc = acc + (tl.zeros((32,), tl.float32),)
-    for page in range(split * per_split, tl.minimum((split + 1) * per_split, pages)):
+    for page in range(begin, end):
         row_of = table_ptr + page * FIELDS
         codes = tl.load(row_of) + inner * (8 * D) + g * (D // 2) + t * (D // 8)
         upper = _words(codes, KW)
@@ -178,21 +193,16 @@ def _projected_kernel(
             for h in tl.static_range(2):
                 s = f[2 * h] + f[2 * h + 1] + offset
                 token = 16 * i + 8 * h + g
-                if CAPPED:
-                    s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634) / cap) + 1.0))
-                s = s * 1.4426950408889634
-                if EXACT:
-                    marks = tl.load(row_of + 6).to(tl.pointer_type(tl.uint8)) + inner * 64
-                    s = tl.where(tl.load(marks + token) == 0, s, float("-inf"))
-                if MASK:
-                    pos = tl.load(positions_ptr + page) + token
-                if MASK == 1:
-                    s = tl.where(tl.load(mask_ptr + mask_row + pos * mask_key) != 0, s, float("-inf"))
-                elif MASK == 2:
-                    more = tl.load(mask_ptr + mask_row + pos * mask_key).to(tl.float32)
-                    s = tl.where(more > lowest, s + more * 1.4426950408889634, float("-inf"))
-                elif MASK == 3:
-                    s = tl.where(pos <= start + held_row % S, s, float("-inf"))
+                s = _base2(s, cap, CAPPED)
+                if MASK or EXACT:
+                    seen = token < 64
+                    pos = token.to(tl.int64)
+                    if EXACT:
+                        marks = tl.load(row_of + 6).to(tl.pointer_type(tl.uint8)) + inner * 64
+                        seen = tl.load(marks + token) == 0
+                    if MASK:
+                        pos += tl.load(positions_ptr + page)
+                    s = _seen(s, pos, seen, mask, lowest, latest, MASK)
                 best = tl.maximum(best, s)
                 scores = scores + (s,)
         best = _most(best)
@@ -251,10 +261,10 @@ def _projected_kernel(
                 )
         acc = new
     safe = tl.where(total > 0.0, total, 1.0)
-    slot = inner * slots + first_slot + split
     stored = row < R
-    at = out_ptr + (slot * R + row) * D + g * (D // 16)
-    for i in tl.static_range(D // 16):
-        tl.store(at + i, acc[2 * i] / safe, mask=stored)
-        tl.store(at + D // 2 + i, acc[2 * i + 1] / safe, mask=stored)
-    tl.store(lse_ptr + slot * R + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))
+    to = result[0].to(tl.int64) + (row * D + g * (D // 16)) * 4
+    half = D // 2 * 4
+    for i in tl.static_range(D // 32):
+        _store2(to + i * 8, acc[4 * i] / safe, acc[4 * i + 2] / safe, stored)
+        _store2(to + half + i * 8, acc[4 * i + 1] / safe, acc[4 * i + 3] / safe, stored)
+    tl.store(result[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))

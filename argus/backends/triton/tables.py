@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argus.backends.base import Affine, Float8, Payload, Plain, Projected, Segment
+from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected, Segment
 
 FIELDS = 9
 """Addresses a page: codes, scale and zero of keys, the same of values, exact marks, means of keys and of values."""
@@ -77,7 +77,7 @@ def readable(segment: Segment) -> bool:
             if not projection_readable(form, payload, segment.page_size):
                 return False
             continue
-        if not isinstance(form, (Affine, Float8, Plain)):
+        if not isinstance(form, (Affine, Float8, Loaded, Plain)):
             return False
         if not all(tensor[0].is_contiguous() for tensor in payload.values()):
             return False
@@ -107,26 +107,30 @@ def parts_of(payload: Payload) -> Payload:
     return {name.removeprefix(COEFFICIENTS): tensor for name, tensor in payload.items()}
 
 
+def addresses(segments: Sequence[Segment]) -> Tensor:
+    """``[pages, FIELDS]`` int64: where each page's tensors begin, 0 where it has none."""
+    starts, steps = [], []
+    for segment in segments:
+        kept = [payload.get(name) for payload in (parts_of(segment.keys), parts_of(segment.values)) for name in NAMES]
+        tensors = [*kept, segment.exact, segment.keys.get("mean"), segment.values.get("mean")]
+        starts.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        steps.append([0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors])
+    counts = torch.tensor([len(segment.positions) for segment in segments])
+    number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    first, step = (torch.tensor(x).repeat_interleave(counts, 0) for x in (starts, steps))
+    return first + step * number.unsqueeze(-1)
+
+
 def make_run(segments: Sequence[Segment]) -> Run:
     """The table of segments of one stage."""
     first = segments[0]
-    columns = []
-    for segment in segments:
-        pages = torch.arange(segment.positions.numel())
-        rows = torch.zeros(len(pages), FIELDS, dtype=torch.int64)
-        kept = [parts_of(payload).get(name) for payload in (segment.keys, segment.values) for name in NAMES]
-        means = [payload.get("mean") for payload in (segment.keys, segment.values)]
-        for place, tensor in enumerate([*kept, segment.exact, *means]):
-            if tensor is not None:
-                rows[:, place] = tensor.data_ptr() + pages * (tensor.stride(0) * tensor.element_size())
-        columns.append(rows)
     key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
     return Run(
         key_form=key_form,
         value_form=value_form,
         keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
         values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
-        table=torch.cat(columns).to(first.positions.device),
+        table=addresses(segments).to(first.positions.device),
         positions=torch.cat([segment.positions for segment in segments]).to(torch.int64),
         page=first.page_size,
         last=max(segment.last for segment in segments),

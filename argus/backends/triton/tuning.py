@@ -1,20 +1,21 @@
 """Choices that depend on the chip and on sizes, none of which changes a result beyond rounding.
 
-Those of the warp kernels were measured on one H200: a multiprocessor's quarter holds ``16384 / (32 * registers)`` warps.
+Those of the fused kernel were measured on one H200: a multiprocessor's quarter holds ``16384 / (32 * registers)`` warps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
-PROJECTED = 12
-"""Warps of the kernel for projected pages that a multiprocessor holds at once."""
-HALF_WARPS = 16
-"""Warps of the 16-bit kernel that a multiprocessor holds at once."""
-HALF_REGISTERS = 128
-"""Registers that a lane of the 16-bit kernel may take."""
+FEWEST, LEAST = 128, 1.5
+"""Programs a head that are used however little there is to do, and the least work of one beyond these, as below."""
+PROJECTED, SIXTEEN, EIGHT, DENSE = 0.9, 2.2, 1.8, 1.2
+"""Time that a unit takes of projected pages, of pages of 16-bit tokens and of E4M3 codes, and of 16-bit tokens in a row, in
+that of 64 tokens of 2-bit codes. They only divide work."""
 
 
 def codec_warps(numbers: int) -> int:
@@ -51,7 +52,7 @@ def half_tiles(dim: int) -> int:
 
 def few(key_bits: int, value_bits: int, dim: int) -> bool:
     """Whether a block's codes take so few registers that more warps pay better than loads ahead."""
-    return 2 < key_bits + value_bits <= 6 and dim <= 128
+    return key_bits + value_bits <= 8 and dim <= 128
 
 
 def prefetch(key_bits: int, value_bits: int, dim: int) -> bool:
@@ -59,14 +60,38 @@ def prefetch(key_bits: int, value_bits: int, dim: int) -> bool:
     return not few(key_bits, value_bits, dim) and (key_bits + value_bits) * dim <= 8 * 128
 
 
-def code_registers(key_bits: int, value_bits: int, dim: int) -> int | None:
-    """Registers that a lane of the integer kernel may take; None: as many as it asks for."""
-    return 96 if key_bits + value_bits <= 6 and dim <= 128 else None
+def codes(key_bits: int, value_bits: int) -> float:
+    """Time that 64 tokens of such codes take, in that of 2-bit codes."""
+    return 1 + 0.1 * max(0, key_bits + value_bits - 4)
 
 
-def code_warps(key_bits: int, value_bits: int, dim: int, blocks: int) -> int:
-    """Warps of the integer kernel for each multiprocessor, which has so many blocks to do."""
-    if code_registers(key_bits, value_bits, dim):
-        return 20
-    resident = 12 if prefetch(key_bits, value_bits, dim) or dim > 128 else 16
-    return 2 * resident if blocks >= 32 * resident else resident
+def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | None:
+    """Registers that a lane may take in the fused kernel of these jobs (share and constants); None: as many as it asks for."""
+    if dim > 128:
+        return None
+    shares = {share for share, _ in jobs}
+    codes = [constants for share, constants in jobs if share == "codes"]
+    if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
+        return 96
+    return 168
+
+
+def resident(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int:
+    """Warps of the fused kernel that a multiprocessor holds at once. Where bytes bind, more warps are slower, not faster."""
+    held = registers(jobs, dim)
+    return 12 if held is None else 16384 // (32 * held) * 4
+
+
+def divide(units: Sequence[int], costs: Sequence[float], room: int) -> list[int]:
+    """Programs for each part: `room` of them shared out by work, at least one each and none without a unit of work.
+
+    Where there is little work there are fewer, since each answer is one more to merge. The largest part gives way, so that
+    all programs run at once where they can.
+    """
+    work = [count * cost for count, cost in zip(units, costs, strict=True)]
+    room = min(room, max(FEWEST, int(sum(work) / LEAST)))
+    counts = [max(1, min(count, int(room * one / sum(work)))) for count, one in zip(units, work, strict=True)]
+    if counts:
+        largest = work.index(max(work))
+        counts[largest] = max(1, min(units[largest], room - sum(counts) + counts[largest]))
+    return counts

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from argus.backends.base import Payload
+from argus.backends.base import Loaded, Payload
 from argus.backends.cpu import pack, unpack
 from argus.tiers.base import Role, Tier, TierConfig, Tools, check_packing
 from argus_rotation.codebook import codebook, distortion
@@ -53,6 +53,13 @@ def hadamard(x: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def kernel() -> Any:
+    """The function that reads codes on a GPU; Triton is imported here and nowhere before."""
+    from argus_rotation.kernel import load
+
+    return load
+
+
 class Rotation(Tier):
     """``x = scale * signs * H(levels[code])`` for each token, ``H`` the Hadamard transform along ``head_dim``.
 
@@ -70,33 +77,37 @@ class Rotation(Tier):
         self.error = 1.05 * sqrt(distortion(self.config.bits))
         self.constants: dict[str, Tensor] = {}
 
-    def signs(self, x: Tensor) -> Tensor:
-        """Random signs ``[D]`` float32 on the device of `x`, made once."""
-        key = f"signs.{x.shape[-1]}.{x.device}"
+    def rotation(self, dim: int, like: Tensor) -> Tensor:
+        """``R [D, D]`` float32 with ``x = y R``, ``H`` with random signs, on the device of `like`, made once."""
+        key = f"rotation.{dim}.{like.device}"
         if key not in self.constants:
             generator = torch.Generator().manual_seed(self.config.seed)
-            bits = torch.randint(0, 2, (x.shape[-1],), generator=generator)
-            self.constants[key] = (2.0 * bits - 1.0).to(x.device)
+            signs = 2.0 * torch.randint(0, 2, (dim,), generator=generator) - 1.0
+            self.constants[key] = (hadamard(torch.eye(dim)) * signs).to(like.device)
         return self.constants[key]
 
-    def levels(self, device: torch.device) -> Tensor:
-        """The codebook ``[2 ** bits]`` float32 on a device, made once."""
-        key = f"levels.{device}"
+    def levels(self, like: Tensor) -> Tensor:
+        """The codebook ``[2 ** bits]`` float32 on the device of `like`, made once."""
+        key = f"levels.{like.device}"
         if key not in self.constants:
-            self.constants[key] = torch.tensor(codebook(self.config.bits), device=device)
+            self.constants[key] = torch.tensor(codebook(self.config.bits), device=like.device)
         return self.constants[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
         scale = x.square().mean(-1).sqrt().to(torch.float16)
         step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
-        levels = self.levels(x.device)
-        codes = torch.bucketize(hadamard(x * self.signs(x)) / step, (levels[1:] + levels[:-1]) / 2)
+        levels = self.levels(x)
+        turned = x @ self.rotation(x.shape[-1], x).T
+        codes = torch.bucketize(turned / step, (levels[1:] + levels[:-1]) / 2)
         return {"codes": pack(codes.to(torch.uint8), self.config.bits), "scale": scale}
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         codes = unpack(payload["codes"], self.config.bits)
-        x = hadamard(self.levels(codes.device)[codes.int()])
-        return x * self.signs(x) * payload["scale"].float().unsqueeze(-1)
+        turned = self.levels(codes)[codes.int()].mul_(payload["scale"].float().unsqueeze(-1))
+        return turned @ self.rotation(codes.shape[-1], codes)
+
+    def form(self, role: Role) -> Loaded:
+        return Loaded(kernel, self.config.bits, self.levels, self.rotation)
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
         width: int = self.config.bits

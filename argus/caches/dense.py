@@ -1,4 +1,4 @@
-"""Caches to compare, each by the name that ``caches`` lists."""
+"""Dense caches: 16 bits, the reference of every comparison, and the model's own dtype."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from argus.adapters.huggingface import ArgusCache
-from argus.hookspecs import hookimpl
 from argus.ledger import Ledger, measure
 from argus.tasks.base import CacheKind, Run
 
@@ -58,19 +56,3 @@ class Dynamic(CacheKind):
 
     def ledger(self, cache: Any) -> Ledger:
         return dense_ledger(cache)
-
-
-class Argus(CacheKind):
-    """The cache that the run's config describes."""
-
-    def make(self, run: Run) -> Cache:
-        return ArgusCache(run.model, plan=run.plan)
-
-    def ledger(self, cache: Any) -> Ledger:
-        ledger: Ledger = cache.ledger()
-        return ledger
-
-
-@hookimpl
-def argus_caches() -> dict[str, type[CacheKind]]:
-    return {"fp16": Half, "dynamic": Dynamic, "argus": Argus}

@@ -1,0 +1,306 @@
+"""Decode attention on integer tensor cores: keys with scales a channel, values with scales a token, in fragment order.
+
+A warp takes 64 tokens at a time and keeps everything in registers. Scales are folded: ``q' = q * scale`` for each channel and
+``p' = p * scale`` for each token, each rounded to 16 bits in the page and held as two int8 parts, high and low, in
+neighbouring columns; the codes themselves are never converted, only shifted to the top of their byte and masked. Products are
+exact integers, and the rounding of q' and p' is finer than FP16's. Zeros enter as ``q . zero``, one number a row and page, and
+as ``sum(p * zero)``. Lane ``4 g + t`` answers row ``t`` for tokens ``8 g`` to ``8 g + 7``; see ``layout.py`` for codes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from argus.backends.triton.lanes import (
+    LOG2E,
+    REACH,
+    _base2,
+    _bits,
+    _bytes,
+    _from_lane,
+    _halves,
+    _halves8,
+    _load1,
+    _load2,
+    _load4,
+    _mma,
+    _most,
+    _partner,
+    _reload4,
+    _store1,
+    _sum,
+    _transposed,
+    _xor,
+)
+
+
+@triton.jit
+def _load_plane(base, lane, BITS: tl.constexpr, D: tl.constexpr):
+    """One plane of a block: D * BITS / 16 words a lane."""
+    W: tl.constexpr = D * BITS // 16
+    words = ()
+    if W % 4 == 0:
+        for i in tl.static_range(W // 4):
+            words = words + _load4(base + i * 512 + lane * 16)
+    elif W % 2 == 0:
+        for i in tl.static_range(W // 2):
+            words = words + _load2(base + i * 256 + lane * 8)
+    else:
+        for i in tl.static_range(W):
+            words = words + (_load1(base + i * 128 + lane * 4),)
+    return words
+
+
+@triton.jit
+def _load_block(base, lane, BITS: tl.constexpr, D: tl.constexpr):
+    """All planes of a block."""
+    words = ()
+    if BITS & 8:
+        words = words + _load_plane(base, lane, 8, D)
+    if BITS & 4:
+        words = words + _load_plane(base, lane, 4, D)
+    if BITS & 2:
+        words = words + _load_plane(base + (BITS & 4) * D * 8, lane, 2, D)
+    if BITS & 1:
+        words = words + _load_plane(base + (BITS & 6) * D * 8, lane, 1, D)
+    return words
+
+
+@triton.jit
+def _field(word, SHIFT: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr):
+    """The field of every byte at bit SHIFT, moved to bit TO."""
+    if SHIFT > TO:
+        word = word >> (SHIFT - TO)
+    elif SHIFT < TO:
+        word = word << (TO - SHIFT)
+    MASK: tl.constexpr = (((1 << BITS) - 1) * 0x01010101) << TO
+    return word & ((MASK ^ 0x80000000) - 0x80000000)  # as an int32
+
+
+@triton.jit
+def _word(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Word R of a block: four codes at the top of their bytes, where most fields need a shift to the left (a multiplication,
+    on a pipe that is free) or none."""
+    if BITS == 8:
+        x = words[R]
+    else:
+        TOP: tl.constexpr = 8 - BITS
+        x = 0
+        if BITS & 4:
+            x = _field(words[R // 2], (R % 2) * 4, 4, TOP)
+        if BITS & 2:
+            START: tl.constexpr = (BITS & 4) * D // 16
+            x = x | _field(words[START + R // 4], (R % 4) * 2, 2, TOP + (BITS & 4))
+        if BITS & 1:
+            FIRST: tl.constexpr = (BITS & 6) * D // 16
+            x = x | _field(words[FIRST + R // 8], R % 8, 1, TOP + (BITS & 6))
+    return x
+
+
+@triton.jit
+def _operand(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Words 4 R to 4 R + 3: an A operand."""
+    return (
+        _word(words, 4 * R, BITS, D), _word(words, 4 * R + 1, BITS, D),
+        _word(words, 4 * R + 2, BITS, D), _word(words, 4 * R + 3, BITS, D),
+    )  # fmt: skip
+
+
+@triton.jit
+def _quarters(at):
+    """Four FP16 numbers from an 8-byte address."""
+    w = _load2(at)
+    return _halves(w[0]) + _halves(w[1])
+
+
+@triton.jit
+def _fold(q_at, scales, zeros, part, D: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """q' as B operands, what to multiply products by, and q . zero, for the row of this lane's column.
+
+    The two lanes that hold a row's high and low part fold half of their channels each, and exchange.
+    """
+    y = ()
+    size = tl.zeros((32,), tl.float32)
+    offset = tl.zeros((32,), tl.float32)
+    for s in tl.static_range(D // 32):
+        scale = _quarters(scales + s * 16)
+        if not SYMMETRIC:
+            zero = _quarters(zeros + s * 16)
+        q = _reload4(q_at + s * 32)
+        for j in tl.static_range(4):
+            one = q[j].to(tl.float32, bitcast=True) * scale[j]
+            size = tl.maximum(size, tl.abs(one))
+            if not SYMMETRIC:
+                offset += q[j].to(tl.float32, bitcast=True) * zero[j]
+            y = y + (one,)
+    size = tl.maximum(size, _xor(size, 1))
+    size = tl.maximum(size, _xor(size, 2))
+    size = tl.maximum(tl.maximum(size, _xor(size, 4)), 1e-30)
+    if not SYMMETRIC:
+        offset += _xor(offset, 1)
+        offset += _xor(offset, 2)
+        offset += _xor(offset, 4)
+    inverse = REACH / size
+    pairs = 0x51 - part * 0x11
+    others = 0x40 + part * 0x11
+    first = part == 0
+    flip = tl.where(first, 0, 0x80808080 - (1 << 32)).to(tl.int32)
+    b = ()
+    for s in tl.static_range(D // 32):
+        y0 = _bits(y[4 * s] * inverse)
+        y1 = _bits(y[4 * s + 1] * inverse)
+        y2 = _bits(y[4 * s + 2] * inverse)
+        y3 = _bits(y[4 * s + 3] * inverse)
+        join = tl.full((32,), 0x5410, tl.int32)
+        mine = _bytes(_bytes(y0, y1, pairs), _bytes(y2, y3, pairs), join)
+        theirs = _partner(_bytes(_bytes(y0, y1, others), _bytes(y2, y3, others), join))
+        b = b + (tl.where(first, mine, theirs) ^ flip, tl.where(first, theirs, mine) ^ flip)
+    return b, size * (1.0 / REACH), offset
+
+
+@triton.jit
+def _codes_share(
+    q_ptr, run, at, where, mask, lowest, cap, begin, end,
+    P: tl.constexpr, D: tl.constexpr, KBITS: tl.constexpr, KG: tl.constexpr, KSYM: tl.constexpr,
+    VBITS: tl.constexpr, VSYM: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
+    FIELDS: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Answer four rows of one head for blocks `begin` to `end` of 64 tokens.
+
+    run: table and positions of pages; at: where average and log-sum-exp go; where: head, first row, rows.
+    """
+    table_ptr = run[0]
+    inner = where[0]
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    part = g % 2
+    row = where[1] + t
+    # Rows beyond the last repeat it; nothing of them is stored.
+    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
+    q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
+    KEY: tl.constexpr = 1.0 / (1 if KSYM else 1 << (8 - KBITS))
+    VALUE: tl.constexpr = 1.0 / (1 if VSYM else 1 << (8 - VBITS))
+    m = tl.full((32,), float("-inf"), tl.float32)
+    total = tl.zeros((32,), tl.float32)
+    offset_total = tl.zeros((32,), tl.float32)
+    acc = ()
+    for i in tl.static_range(D // 8):
+        acc = acc + (tl.zeros((32,), tl.float32),)
+    zero4 = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
+    PER_PAGE: tl.constexpr = P // 64
+    row_of = table_ptr + begin // PER_PAGE * FIELDS
+    place = inner * PER_PAGE + begin % PER_PAGE
+    keys_at = tl.load(row_of) + place * (8 * D * KBITS)
+    values_at = tl.load(row_of + 3) + place * (8 * D * VBITS)
+    if PREFETCH:
+        keys = _load_block(keys_at, lane, KBITS, D)
+        values = _load_block(values_at, lane, VBITS, D)
+    for unit in range(begin, end):
+        page = unit // PER_PAGE
+        block = unit % PER_PAGE
+        row_of = table_ptr + page * FIELDS
+        if not PREFETCH:
+            keys = _load_block(keys_at, lane, KBITS, D)
+            values = _load_block(values_at, lane, VBITS, D)
+        following = tl.minimum(unit + 1, end - 1)
+        next_of = table_ptr + following // PER_PAGE * FIELDS
+        place = inner * PER_PAGE + following % PER_PAGE
+        keys_at = tl.load(next_of) + place * (8 * D * KBITS)
+        values_at = tl.load(next_of + 3) + place * (8 * D * VBITS)
+        if PREFETCH:
+            next_keys = _load_block(keys_at, lane, KBITS, D)
+            next_values = _load_block(values_at, lane, VBITS, D)
+        scales = _load4(tl.load(row_of + 4) + (inner * P + block * 64 + g * 8) * 2)
+        if not VSYM:
+            zeros = _load4(tl.load(row_of + 5) + (inner * P + block * 64 + g * 8) * 2)
+        channel_at = ((inner * (P // KG) + block * 64 // KG) * D + t * (D // 4) + part * 4) * 2
+        b, unscale, offset = _fold(q_at, tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at, part, D, KSYM)
+        # Column 2 t holds the high part of row t: its facts lie in the lanes of column 2 t.
+        unscale *= KEY
+        if not CAPPED:
+            unscale *= LOG2E
+            offset *= LOG2E
+        unscale = _from_lane(unscale, t * 8)
+        if not KSYM:
+            offset = _from_lane(offset, t * 8)
+        x = ()
+        for i in tl.static_range(4):
+            c = zero4
+            for s in tl.static_range(D // 32):
+                c = _mma(_operand(keys, i * (D // 32) + s, KBITS, D), b[2 * s], b[2 * s + 1], c, KSYM)
+            x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
+        if EXACT:
+            marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
+        if MASK:
+            mask_at = mask[0] + (tl.load(run[1] + page) + block * 64 + g * 8) * mask[1]
+        scores = ()
+        best = m
+        for i in tl.static_range(8):
+            if KSYM:
+                s = x[i] * unscale
+            else:
+                s = x[i] * unscale + offset
+            if CAPPED:
+                s = _base2(s, cap, True)
+            if MASK == 1:
+                s = tl.where(tl.load(mask_at + i * mask[1]) != 0, s, float("-inf"))
+            elif MASK == 2:
+                more = tl.load(mask_at + i * mask[1]).to(tl.float32)
+                s = tl.where(more > lowest, s + more * LOG2E, float("-inf"))
+            if EXACT:
+                s = tl.where((marks[i // 4] >> (i % 4 * 8)) & 255 != 0, float("-inf"), s)
+            best = tl.maximum(best, s)
+            scores = scores + (s,)
+        best = _most(best)
+        if MASK or EXACT:
+            safe = tl.where(best == float("-inf"), 0.0, best)
+        else:
+            safe = best
+        keep = tl.exp2(m - safe)
+        m = best
+        scale = _halves8(scales)
+        if not VSYM:
+            zero = _halves8(zeros)
+        total = total * keep
+        offset_total = offset_total * keep
+        weights = ()
+        size = tl.zeros((32,), tl.float32)
+        for i in tl.static_range(8):
+            p = tl.exp2(scores[i] - safe)
+            total += p
+            if not VSYM:
+                offset_total += p * zero[i]
+            w = p * scale[i]
+            size = tl.maximum(size, w)
+            weights = weights + (w,)
+        size = tl.maximum(_most(size), 1e-30)
+        inverse = REACH / size
+        unscale = size * (VALUE / REACH)
+        weigh = ()
+        for j in tl.static_range(4):
+            pair = _bytes(
+                _bits(weights[2 * j] * inverse), _bits(weights[2 * j + 1] * inverse), tl.full((32,), 0x4051, tl.int32)
+            )
+            weigh = weigh + (_transposed(pair ^ (0x80800000 - (1 << 32))),)
+        new = ()
+        for i in tl.static_range(D // 16):
+            o = _mma(_operand(values, 2 * i, VBITS, D), weigh[0], weigh[1], zero4, VSYM)
+            o = _mma(_operand(values, 2 * i + 1, VBITS, D), weigh[2], weigh[3], o, VSYM)
+            new = new + (
+                acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * unscale,
+                acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,
+            )
+        acc = new
+        if PREFETCH:
+            keys = next_keys
+            values = next_values
+    total = _sum(total)
+    offset_total = _sum(offset_total)
+    safe = tl.where(total > 0.0, total, 1.0)
+    shown = row < where[2]
+    to = at[0].to(tl.int64) + (row * D + g) * 4
+    for i in tl.static_range(D // 8):
+        _store1(to + i * 32, (acc[i] + offset_total) / safe, shown)
+    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=shown & (g == 0))

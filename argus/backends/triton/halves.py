@@ -1,0 +1,198 @@
+"""Decode attention on 16-bit tokens in place, and on E4M3 codes made 16 bits in registers: pages, the window, anchors.
+
+Products run on ``mma.m16n8k16`` with float32 sums. Queries and weights go in two 16-bit parts, high and low, in neighbouring
+columns, so that neither is rounded; E4M3 codes times their scale are rounded to FP16. Tokens are the M side of the first
+product; values, read along channels, are paired token by token for the second. Lane ``4 g + t`` answers row ``t`` for tokens
+``8 i + g``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from argus.backends.triton.lanes import (
+    _base2,
+    _bytes,
+    _from_e4m3,
+    _load2,
+    _load4,
+    _mma16,
+    _most,
+    _seen,
+    _short,
+    _store2,
+    _sum,
+    _times,
+    _transposed,
+)
+
+
+@triton.jit
+def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr):
+    """Eight neighbouring channels of a token, E4M3 with scales, as four words of two FP16."""
+    w = _load2(codes + token * D + channel)
+    x = _from_e4m3(w[0]) + _from_e4m3(w[1])
+    if TOKENS:
+        one = tl.load((scales + (token * (D // G) + channel // G) * 2).to(tl.pointer_type(tl.int16))).to(tl.int32)
+        both = _bytes(one, one, tl.full((32,), 0x1010, tl.int32))
+        scale = (both, both, both, both)
+    else:
+        scale = _load4(scales + (token // G * D + channel) * 2)
+    return _times(x[0], scale[0]), _times(x[1], scale[1]), _times(x[2], scale[2]), _times(x[3], scale[3])
+
+
+@triton.jit
+def _halves_share(
+    q_ptr, source, at, where, mask, lowest, latest, cap, begin_unit, end_unit,
+    P: tl.constexpr, D: tl.constexpr, U: tl.constexpr, BF16: tl.constexpr, DENSE: tl.constexpr, PLACED: tl.constexpr,
+    CODED: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr,
+    MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Answer four rows of one head for units of 16 U tokens, of pages or of one dense part.
+
+    source: table and positions of pages; or keys and values of this head, their strides a token, positions (or the first) and
+    tokens of a dense part. at: where average and log-sum-exp go. where: head, first row, rows.
+    """
+    inner = where[0]
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    part = g % 2
+    row = where[1] + t
+    # Rows beyond the last repeat it; nothing of them is stored.
+    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
+    q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * 8) * 4
+    b = ()
+    for i in tl.static_range(D // 16):
+        piece = _load4(q_at + (i // 2) * 128 + (i % 2) * 16)
+        for j in tl.static_range(2):
+            high0, rest0 = _short(piece[2 * j].to(tl.float32, bitcast=True), BF16)
+            high1, rest1 = _short(piece[2 * j + 1].to(tl.float32, bitcast=True), BF16)
+            low0, none = _short(rest0, BF16)
+            low1, none = _short(rest1, BF16)
+            b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
+    m = tl.full((32,), float("-inf"), tl.float32)
+    total = tl.zeros((32,), tl.float32)
+    acc = ()
+    zero = tl.zeros((32,), tl.float32)
+    zero4 = (zero, zero, zero, zero)
+    for i in tl.static_range(D // 16):
+        acc = acc + (zero4,)
+    UNIT: tl.constexpr = 16 * U
+    PER_PAGE: tl.constexpr = P // UNIT
+    W: tl.constexpr = D // 64
+    for unit in range(begin_unit, end_unit):
+        if DENSE:
+            begin = unit * UNIT
+            end = source[5]
+            k_from = source[0]
+            v_from = source[1]
+            k_token = source[2] * 2
+            v_token = source[3] * 2
+        else:
+            page = unit // PER_PAGE
+            begin = (unit % PER_PAGE) * UNIT
+            end = P
+            row_of = source[0] + page * FIELDS
+            SIZE: tl.constexpr = 1 if CODED else 2
+            k_from = tl.load(row_of) + inner * (P * D * SIZE)
+            v_from = tl.load(row_of + 3) + inner * (P * D * SIZE)
+            k_token = D * 2
+            v_token = D * 2
+            if CODED:
+                KS: tl.constexpr = P * (D // KG) if KTOKENS else P // KG * D
+                VS: tl.constexpr = P * (D // VG) if VTOKENS else P // VG * D
+                k_scale = tl.load(row_of + 1) + inner * (KS * 2)
+                v_scale = tl.load(row_of + 4) + inner * (VS * 2)
+        keys = ()
+        for i in tl.static_range(2 * U):
+            token = begin + 8 * i + g
+            if DENSE:
+                token = tl.minimum(token, end - 1)
+            for n in tl.static_range(D // 32):
+                if CODED:
+                    keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG),)
+                else:
+                    keys = keys + (_load4(k_from + token.to(tl.int64) * k_token + (n * 64 + t * 16)),)
+        values = ()
+        for i in tl.static_range(2 * U):
+            for j in tl.static_range(2):
+                token = begin + 8 * i + 2 * t + j
+                if DENSE:
+                    token = tl.minimum(token, end - 1)
+                for n in tl.static_range(W):
+                    if CODED:
+                        values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG),)
+                    else:
+                        values = values + (_load4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
+        x = ()
+        for s in tl.static_range(U):
+            c = zero4
+            for i in tl.static_range(D // 32):
+                even = keys[2 * s * (D // 32) + i]
+                odd = keys[(2 * s + 1) * (D // 32) + i]
+                c = _mma16(even[0], odd[0], even[1], odd[1], b[4 * i], b[4 * i + 1], c, BF16)
+                c = _mma16(even[2], odd[2], even[3], odd[3], b[4 * i + 2], b[4 * i + 3], c, BF16)
+            x = x + (c[0] + c[1], c[2] + c[3])
+        scores = ()
+        best = m
+        for i in tl.static_range(2 * U):
+            token = begin + 8 * i + g
+            s = _base2(x[i], cap, CAPPED)
+            seen = token < end
+            pos = token.to(tl.int64)
+            if DENSE:
+                if PLACED:
+                    pos = tl.load(source[4] + token, mask=seen, other=-1).to(tl.int64)
+                    seen = pos >= 0
+                else:
+                    pos += source[4]
+            elif MASK:
+                pos += tl.load(source[1] + page)
+            if EXACT:
+                marks = tl.load(row_of + 6).to(tl.pointer_type(tl.uint8)) + inner * P
+                seen = seen & (tl.load(marks + token) == 0)
+            if DENSE or MASK or EXACT:
+                s = _seen(s, pos, seen, mask, lowest, latest, MASK)
+            best = tl.maximum(best, s)
+            scores = scores + (s,)
+        best = _most(best)
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        keep = tl.exp2(m - safe)
+        m = best
+        total = total * keep
+        weigh = ()
+        for i in tl.static_range(2 * U):
+            p = tl.exp2(scores[i] - safe)
+            total += p
+            high, rest = _short(p, BF16)
+            low, none = _short(rest, BF16)
+            weigh = weigh + (_transposed(high | (low << 16)),)
+        new = ()
+        for h in tl.static_range(D // 64):
+            for j in tl.static_range(4):
+                old = acc[4 * h + j]
+                c = (old[0] * keep, old[1] * keep, old[2] * keep, old[3] * keep)
+                for s in tl.static_range(U):
+                    r0 = values[(4 * s) * W + h][j]
+                    r1 = values[(4 * s + 1) * W + h][j]
+                    r2 = values[(4 * s + 2) * W + h][j]
+                    r3 = values[(4 * s + 3) * W + h][j]
+                    lower = tl.full((32,), 0x5410, tl.int32)
+                    upper = tl.full((32,), 0x7632, tl.int32)
+                    c = _mma16(
+                        _bytes(r0, r1, lower), _bytes(r0, r1, upper), _bytes(r2, r3, lower), _bytes(r2, r3, upper),
+                        weigh[2 * s], weigh[2 * s + 1], c, BF16,
+                    )  # fmt: skip
+                new = new + (c,)
+        acc = new
+    total = _sum(total)
+    safe = tl.where(total > 0.0, total, 1.0)
+    stored = row < where[2]
+    to = at[0].to(tl.int64) + (row * D + g * 8) * 4
+    for h in tl.static_range(D // 64):
+        for j in tl.static_range(4):
+            c = acc[4 * h + j]
+            _store2(to + (h * 64 + 2 * j) * 4, (c[0] + c[1]) / safe, (c[2] + c[3]) / safe, stored)
+    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))

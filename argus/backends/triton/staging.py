@@ -1,0 +1,218 @@
+"""Pages and exact tokens as the flash kernel reads them: FP16 keys and values of a bounded block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from argus.backends.base import Dense, Role, Segment
+from argus.backends.triton import forms
+from argus.backends.triton.decode import _tile
+from argus.backends.triton.sight import Sight
+
+BLOCK = 64 << 20
+"""Bytes of FP16 keys and values that are held at once, or those of one page where it has more."""
+DECODED = 32 << 20
+"""Bytes of float32 numbers that a tier which no kernel reads decodes at once, or those of one page where it has more."""
+HIGHEST = torch.finfo(torch.float16).max
+STEP = 64
+"""Tokens by which the kernel counts where none are in pages."""
+
+
+@triton.jit
+def _stage_kernel(
+    codes, scales, zeros, own, out_ptr, codes_step, scales_step, zeros_step,
+    P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, LOAD: tl.constexpr, HIGHEST: tl.constexpr,
+):  # fmt: skip
+    """Write TB tokens of one page and head, decoded, as FP16 numbers; what is beyond FP16's range becomes its end."""
+    TILES: tl.constexpr = (P + TB - 1) // TB
+    page = (tl.program_id(0) // TILES).to(tl.int64)
+    inner = tl.program_id(1).to(tl.int64)
+    tok = (tl.program_id(0) % TILES * TB + tl.arange(0, TB))[:, None]
+    ch = tl.arange(0, DB)[None, :]
+    seen = (tok < P) & (ch < D)
+    x = _tile(
+        codes + page * codes_step, scales + page * scales_step, zeros + page * zeros_step, own, tok, ch, seen, inner, P, D,
+        KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, LOAD,
+    )  # fmt: skip
+    x = tl.minimum(tl.maximum(x, -HIGHEST), HIGHEST).to(tl.float16)
+    tl.store(out_ptr + ((page * tl.num_programs(1) + inner) * P + tok) * D + ch, x, mask=seen)
+
+
+def stage(segment: Segment, role: Role, out: Tensor) -> int:
+    """Decode one role of a segment into ``out [n, B, H, P, D]`` float16, and tell the bytes that this took beside."""
+    payload = segment.payload(role)
+    pages, batch, heads, page, dim = out.shape
+    form = segment.tier(role).form(role)
+    constants = None if segment.patch is not None or forms.rotates(form) else forms.described(form, payload, page, dim)
+    if constants is None:
+        return _stage_decoded(segment, role, out)
+    tensors = [payload.get(name) for name in ("codes", "scale", "zero")]
+    tokens = min(triton.next_power_of_2(page), 32)
+    _stage_kernel[(pages * triton.cdiv(page, tokens), batch * heads)](
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), forms.own(form, out), out,
+        *(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors),
+        page, dim, triton.next_power_of_2(dim), tokens, **constants, HIGHEST=HIGHEST,
+    )  # fmt: skip
+    return 0
+
+
+def _stage_decoded(segment: Segment, role: Role, out: Tensor) -> int:
+    step = max(1, DECODED // (4 * out[0].numel()))
+    for begin in range(0, len(out), step):
+        part = segment.part(begin, begin + step) if step < len(out) else segment
+        decoded = part.tier(role).decode(part.payload(role), role)
+        if part.patch is not None:
+            decoded = part.patch(role, decoded)
+        out[begin : begin + step] = decoded.clamp(-HIGHEST, HIGHEST)
+    return 8 * min(step, len(out)) * out[0].numel()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one launch reads.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        FP16 numbers, token ``t`` at ``t // page`` times the page's stride and ``t % page`` times the token's.
+    key_strides, value_strides : tuple of int
+        Of batch, head, page and token.
+    count, page : int
+        Tokens, and tokens a page.
+    first, last : int
+        Bounds of their positions, in tokens.
+    positions : Tensor or None
+        ``[pages]`` of their first tokens, or ``[B, H, T]`` of all; None: consecutive from `first`.
+    marks : Tensor or None
+        ``[pages, B, H, P]`` uint8, nonzero where a token is answered elsewhere.
+    factors : tuple of Tensor or None
+        ``[B, H]`` float32, what keys and values were divided by.
+    holes : bool
+        Whether places may be empty.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_strides: tuple[int, int, int, int]
+    value_strides: tuple[int, int, int, int]
+    count: int
+    page: int
+    first: int
+    last: int
+    positions: Tensor | None = None
+    marks: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+    holes: bool = False
+
+
+class Room:
+    """Where pages are decoded: one buffer for block after block.
+
+    Attributes
+    ----------
+    bytes : int
+        The most that was held at once.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def pages(self, segments: Sequence[Segment], sight: Sight, inner: tuple[int, int, int]) -> Iterator[Tokens]:
+        """Blocks of the pages that any row sees, as FP16; `inner`: batch, heads and head_dim."""
+        seen = [segment for segment in segments if sight.sees(segment.first, segment.last)]
+        if not seen:
+            return
+        batch, heads, dim = inner
+        page = seen[0].page_size
+        shape = (batch, heads, page, dim)
+        room = max(1, BLOCK // (4 * batch * heads * page * dim))
+        total = sum(len(segment.positions) for segment in seen)
+        held = torch.empty(2, min(room, total), *shape, dtype=torch.float16, device=seen[0].positions.device)
+        strides = (heads * page * dim, page * dim, held.stride(1), dim)
+        for block in blocks(seen, sight, room):
+            done = 0
+            for segment in block:
+                count = len(segment.positions)
+                for place, role in enumerate(("keys", "values")):
+                    more = stage(segment, role, held[place, done : done + count])
+                    self.bytes = max(self.bytes, held.numel() * 2 + more)
+                done += count
+            marks = [segment.exact.view(torch.uint8) for segment in block if segment.exact is not None]
+            yield Tokens(
+                held[0], held[1], strides, strides, done * page, page,
+                min(segment.first for segment in block), max(segment.last for segment in block),
+                torch.cat([segment.positions for segment in block]),
+                torch.cat(marks).contiguous() if marks else None,
+            )  # fmt: skip
+
+    def dense(self, part: Dense, sight: Sight) -> Iterator[Tokens]:
+        """Exact tokens that any row may see: FP16 as they lie, others divided by a power of two and cast, slice after slice."""
+        if part.positions is not None:
+            spans = [(0, part.keys.shape[2], 0, part.last)]
+        else:
+            spans = list(cut(part.start, part.last, sight))
+        half = part.keys.dtype == part.values.dtype == torch.float16
+        most = max(1, BLOCK // (4 * part.keys.shape[0] * part.keys.shape[1] * part.keys.shape[3]))
+        for begin, end, first, last in spans:
+            step = end - begin if half else most
+            for low in range(begin, end, step):
+                high = min(low + step, end)
+                at = (first, last) if part.positions is not None else (part.start + low, part.start + high - 1)
+                yield self._slice(part, low, high, *at)
+
+    def _slice(self, part: Dense, low: int, high: int, first: int, last: int) -> Tokens:
+        keys, values = part.keys[:, :, low:high], part.values[:, :, low:high]
+        factors = None
+        if not keys.dtype == values.dtype == torch.float16:
+            (keys, key_factor), (values, value_factor) = fitted(keys), fitted(values)
+            factors = (key_factor, value_factor)
+            self.bytes = max(self.bytes, 4 * (keys.numel() + values.numel()))
+        keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+        strides = [(*x.stride()[:2], STEP * x.stride(2), x.stride(2)) for x in (keys, values)]
+        positions = None if part.positions is None else part.positions[:, :, low:high]
+        return Tokens(keys, values, *strides, high - low, STEP, first, last, positions, factors=factors, holes=part.holes)
+
+
+def cut(start: int, last: int, sight: Sight) -> Iterator[tuple[int, int, int, int]]:
+    """Consecutive tokens cut at the sight's bounds, what no row sees left out: begin, end, first and last position."""
+    first, last = max(start, sight.first), min(last, sight.last)
+    if first > last:
+        return
+    edges = sorted({first, last + 1, *(x for x in (sight.plain_first, sight.plain_last + 1) if first < x <= last)})
+    for low, high in pairwise(edges):
+        yield low - start, high - start, low, high - 1
+
+
+def fitted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, H, T, D]`` over a power of two a head that brings its largest number below 2^15, float16; and that factor."""
+    if x.dtype == torch.float16:
+        return x, x.new_ones(x.shape[:2], dtype=torch.float32)
+    largest = torch.linalg.vector_norm(x, torch.inf, (2, 3), keepdim=True).float()
+    factor = torch.exp2(torch.frexp(largest).exponent - 15).clamp_min(2.0**-100)
+    return (x / factor.to(x.dtype)).to(torch.float16), factor
+
+
+def blocks(segments: Sequence[Segment], sight: Sight, pages: int) -> Iterator[list[Segment]]:
+    """Segments in blocks of so many pages at most, cut where needed; those that need a mask apart from those that do not."""
+    block: list[Segment] = []
+    room, plain = pages, False
+    for segment in segments:
+        clear, count, begin = sight.plain(segment.first, segment.last), len(segment.positions), 0
+        while begin < count:
+            if block and (not room or clear != plain):
+                yield block
+                block, room = [], pages
+            take = min(count - begin, room)
+            block.append(segment if take == count else segment.part(begin, begin + take))
+            room, plain, begin = room - take, clear, begin + take
+    if block:
+        yield block

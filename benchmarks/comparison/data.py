@@ -1,0 +1,95 @@
+"""Associative recall (Arora et al. 2023, arXiv:2312.04927) as token ids: pairs in noise, some asked for at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LENGTHS = (64, 256, 512, 1024, 2048)
+NOISE, KEYS, VALUES = 128, 256, 128
+"""Token ids: noise first, then keys, then values."""
+VOCABULARY = NOISE + KEYS + VALUES
+SPACING = 16
+"""Tokens a pair: a sequence of 2048 tokens has 128 pairs."""
+ASKED = 16
+"""Pairs asked for in a test sequence, at most."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one length.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        ``[B, T]`` int64: a context of noise and pairs (a key, then its value), then questions (a key, then its value).
+    context : int
+        Tokens before the first question, even in number; from there on keys and values alternate.
+    """
+
+    tokens: Tensor
+    context: int
+
+    @property
+    def answers(self) -> Tensor:
+        """``[B, Q]``: the value of each question."""
+        return self.tokens[:, self.context + 1 :: 2]
+
+
+def pairs_of(length: int) -> int:
+    """Pairs in a sequence of `length` tokens."""
+    return length // SPACING
+
+
+def draw(length: int, rows: int, generator: torch.Generator, asked: int | None = None) -> Batch:
+    """Random sequences.
+
+    Parameters
+    ----------
+    length : int
+        Tokens a sequence, questions included; even, at least 64, and with no more pairs than there are keys.
+    rows : int
+        Sequences.
+    generator : torch.Generator
+        Draws everything, on the device where the tokens are made.
+    asked : int or None
+        Questions a sequence; None: every pair is asked for once.
+
+    Raises
+    ------
+    ValueError
+        If no sequence has this length, or has that many pairs to ask for.
+    """
+    pairs = pairs_of(length)
+    if length % 2 or not 4 <= pairs <= KEYS:
+        raise ValueError(f"length {length} is no length of this task; allowed: even, 64 to {KEYS * SPACING}")
+    questions = pairs if asked is None else asked
+    if not 1 <= questions <= pairs:
+        raise ValueError(f"{questions} questions of {pairs} pairs; allowed: 1 to {pairs}")
+    device, context = generator.device, length - 2 * questions
+
+    def choose(count: int, among: int) -> Tensor:
+        """`count` different numbers below `among`, in random order, in each row."""
+        return torch.rand(rows, among, generator=generator, device=device).argsort(1)[:, :count]
+
+    def number(*shape: int, below: int) -> Tensor:
+        return torch.randint(below, shape, generator=generator, device=device)
+
+    tokens = number(rows, length, below=NOISE)
+    keys = choose(pairs, KEYS) + NOISE
+    values = number(rows, pairs, below=VALUES) + NOISE + KEYS
+    # One slot of two tokens stays free, so that pairs of a row may begin at even or at odd places.
+    places = 2 * choose(pairs, context // 2 - 1) + number(rows, 1, below=2)
+    tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    which = choose(questions, pairs)
+    tokens[:, context::2] = keys.gather(1, which)
+    tokens[:, context + 1 :: 2] = values.gather(1, which)
+    return Batch(tokens, context)
+
+
+def test_batch(length: int, rows: int, seed: int, device: str = "cpu") -> Batch:
+    """The sequences on which models are compared, the same on every device: at most 16 questions each."""
+    made = draw(length, rows, torch.Generator().manual_seed(1_000_000 + seed), min(pairs_of(length), ASKED))
+    return Batch(made.tokens.to(device), made.context)

@@ -1,0 +1,69 @@
+"""The Triton backend reads rotated codes in place: compiled where there is a GPU, interpreted elsewhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from argus_rotation.tier import Rotation, RotationConfig  # noqa: E402
+
+from argus.attention import Query  # noqa: E402
+from argus.backends.base import Segment  # noqa: E402
+from argus.backends.cpu import CpuBackend  # noqa: E402
+from argus.backends.triton.backend import TritonBackend  # noqa: E402
+from argus.tiers.base import Tools  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+BATCH, HEADS, GROUPS, PAGE = 2, 2, 2, 64
+
+
+def rotation(bits: int) -> Rotation:
+    return Rotation(RotationConfig(bits=bits), Tools(TritonBackend(), torch.float16, tier=lambda spec: rotation(bits)))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def segments(key_bits: int, value_bits: int, dim: int) -> list[Segment]:
+    """Five pages in two blocks, some of their tokens answered elsewhere."""
+    made = []
+    tiers = rotation(key_bits), rotation(value_bits)
+    for first, count in ((0, 3), (3, 2)):
+        x = [normal(count, BATCH, HEADS, PAGE, dim, seed=seed + first) for seed in (1, 2)]
+        positions = torch.arange(first, first + count, device=DEVICE) * PAGE
+        marks = normal(count, BATCH, HEADS, PAGE, seed=first) > 1
+        last = (first + count) * PAGE - 1
+        payloads = tiers[0].encode(x[0], "keys"), tiers[1].encode(x[1], "values")
+        made.append(Segment(*tiers, *payloads, positions, last, PAGE, marks, first=first * PAGE))
+    return made
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits", "dim"), [(3, 3, 64), (4, 2, 128), (1, 4, 96)])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_attention_is_that_over_decoded_pages(
+    monkeypatch: pytest.MonkeyPatch, key_bits: int, value_bits: int, dim: int, steps: int
+) -> None:
+    pages = segments(key_bits, value_bits, dim)
+    q = normal(BATCH, HEADS * GROUPS, steps, dim, seed=5).half()
+    query = Query.of(q, HEADS, dim**-0.5, 5 * PAGE)
+    want = CpuBackend().attend(query, pages, [])
+    if steps <= 8:
+        monkeypatch.setattr(Rotation, "decode", None)  # No page is decoded.
+    found = TritonBackend().attend(query, pages, [])
+    assert float((found - want).norm() / want.norm()) <= 2e-3
+
+
+def test_the_function_that_the_documentation_shows_is_this_one() -> None:
+    here = Path(__file__).parents[1]
+    source = (here / "argus_rotation" / "kernel.py").read_text(encoding="utf-8")
+    shown = (here.parents[1] / "docs" / "hooks.md").read_text(encoding="utf-8")
+    assert source[source.index("@triton.jit") :].strip() in shown
