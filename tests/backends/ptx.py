@@ -24,7 +24,7 @@ def inline_asm(
     arrays = [np.broadcast_to(np.asarray(arg.handle.data), (32,)) for arg in args]
     name = asm.split()[0]
     if name.startswith("ld.global"):
-        width = {"v4": 4, "v2": 2}.get(name.split(".")[3], 1)
+        width = 4 if ".v4." in name else 2 if ".v2." in name else 1
         words = np.stack([np.frombuffer(ctypes.string_at(int(at), 4 * width), np.int32) for at in arrays[0]])
         assert all(int(at) % (4 * width) == 0 for at in arrays[0])
         results = [words[:, i] for i in range(width)]

@@ -170,7 +170,9 @@ def _finish(out_ptr, lse_ptr, slot, row, ch, m, total, acc, R, D: tl.constexpr):
     tl.store(lse_ptr + slot * R + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(
+    "pages", "per_split", "first_slot", "slots", "heads", "R", "S", "start", "mask_batch", "mask_head", "mask_step", "mask_key",
+))  # fmt: skip
 def _pages_kernel(
     q_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
     pages, per_split, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
@@ -220,7 +222,10 @@ def _pages_kernel(
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(
+    "tokens", "first", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "p_batch", "p_head", "per_split",
+    "first_slot", "slots", "heads", "R", "S", "start", "mask_batch", "mask_head", "mask_step", "mask_key",
+))  # fmt: skip
 def _dense_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
     tokens, first, k_batch, k_head, k_token, v_batch, v_head, v_token, p_batch, p_head,

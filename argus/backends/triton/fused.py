@@ -71,13 +71,13 @@ def _share(
 ))  # fmt: skip
 def _decode_kernel(
     q_ptr, out_ptr, lse_ptr, mask_ptr,
-    first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap, jobs,
+    first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap, counts, jobs,
     D: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for a share of one of the parts.
 
-    jobs: of each part its first program, its programs a head, its units of work (as ``launch.odd`` makes them), what its share
-    takes, which share that is, and its constants.
+    counts: of each part its first program, its programs a head and its units of work, as ``launch.odd`` makes them; side by
+    side, since every program reads them all. jobs: of each part what its share takes, which share that is, and its constants.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -94,16 +94,16 @@ def _decode_kernel(
         query_head = (inner % heads) * (R // S) + held_row // S
         mask = (mask_ptr + (inner // heads) * mask_batch + query_head * mask_head + (held_row % S) * mask_step, mask_key)
     for j in tl.static_range(len(jobs)):
-        first = _number(jobs[j][0])
-        splits = _number(jobs[j][1])
-        units = _number(jobs[j][2])
+        first = _number(counts[j][0])
+        splits = _number(counts[j][1])
+        units = _number(counts[j][2])
         if (number >= first) & (number < first + splits):
             share = (number - first).to(tl.int64)
             begin = (share * units // splits).to(tl.int32)
             end = ((share + 1) * units // splits).to(tl.int32)
             _share(
-                q_ptr, jobs[j][3], at, where, heads, mask, lowest, latest, cap, begin, end,
-                jobs[j][4], jobs[j][5], D, CAPPED, FIELDS,
+                q_ptr, jobs[j][0], at, where, heads, mask, lowest, latest, cap, begin, end,
+                jobs[j][1], jobs[j][2], D, CAPPED, FIELDS,
             )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from argus.backends.triton.lanes import (
     _seen,
     _short,
     _store2,
+    _stream4,
     _sum,
     _times,
     _transposed,
@@ -114,7 +115,7 @@ def _halves_share(
                 if CODED:
                     keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG),)
                 else:
-                    keys = keys + (_load4(k_from + token.to(tl.int64) * k_token + (n * 64 + t * 16)),)
+                    keys = keys + (_stream4(k_from + token.to(tl.int64) * k_token + (n * 64 + t * 16)),)
         values = ()
         for i in tl.static_range(2 * U):
             for j in tl.static_range(2):
@@ -125,7 +126,7 @@ def _halves_share(
                     if CODED:
                         values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG),)
                     else:
-                        values = values + (_load4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
+                        values = values + (_stream4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
         x = ()
         for s in tl.static_range(U):
             c = zero4

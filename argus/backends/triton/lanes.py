@@ -25,6 +25,15 @@ def _load4(at):
 
 
 @triton.jit
+def _stream4(at):
+    """:func:`_load4` of what is read once: it does not stay in the L1 cache."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _reload4(at):
     """:func:`_load4` that the compiler may not hoist out of a loop: what is cheap to read again need not hold registers."""
     return tl.inline_asm_elementwise(

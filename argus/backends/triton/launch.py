@@ -197,16 +197,16 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int)
         return slot
     batch, heads, rows, dim = query.rows.shape
     mask = Mask.of(query, 0)
-    arguments, first = [], 0
+    counts, arguments, first = [], [], 0
     for job in jobs:
-        constants = tuple(tl.constexpr(fact) for fact in job.constants)
-        arguments.append((odd(first), odd(job.splits), odd(job.units), _source(job.part), SHARES[job.share], constants))
+        counts.append((odd(first), odd(job.splits), odd(job.units)))
+        arguments.append((_source(job.part), SHARES[job.share], tuple(tl.constexpr(fact) for fact in job.constants)))
         first += job.splits
     registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
     _decode_kernel[(first, batch * heads, triton.cdiv(rows, ROWS))](
         query.rows.contiguous(), work.out, work.lse, mask.tensor,
         slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
-        tuple(arguments), dim, query.mask is not None, query.softcap is not None, FIELDS,
+        tuple(counts), tuple(arguments), dim, query.mask is not None, query.softcap is not None, FIELDS,
         query.rows.is_cuda, num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return slot + first

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-FEWEST, LEAST = 128, 1.5
+FEWEST, LEAST = 160, 1.5
 """Programs a head that are used however little there is to do, and the least work of one beyond these, as below."""
+SIXTEENS = 8
+"""Warps of the fused kernel a multiprocessor where all tokens have 16 bits: bytes bind, and more of them are slower."""
 PROJECTED, SIXTEEN, EIGHT, DENSE = 0.9, 2.2, 1.8, 1.2
 """Time that a unit takes of projected pages, of pages of 16-bit tokens and of E4M3 codes, and of 16-bit tokens in a row, in
 that of 64 tokens of 2-bit codes. They only divide work."""
@@ -77,8 +79,10 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
 
 
 def resident(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int:
-    """Warps of the fused kernel that a multiprocessor holds at once. Where bytes bind, more warps are slower, not faster."""
+    """Warps of the fused kernel that a multiprocessor holds at once."""
     held = registers(jobs, dim)
+    if held is not None and all(share == "dense" or (share == "pages" and not constants[3]) for share, constants in jobs):
+        return SIXTEENS
     return 12 if held is None else 16384 // (32 * held) * 4
 
 

@@ -1,0 +1,177 @@
+"""The comparison of a transformer, ARGUS and Mamba: its task, its models, its table."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import lossless
+from benchmarks.comparison import data, models, table, train
+from benchmarks.comparison.contestants import Contestant, Recurrent, cost, recall
+
+
+def batch_of(length, rows=3, seed=0, **options):
+    pairs = options.pop("pairs", data.pairs_of(length))
+    return data.draw(length, rows, torch.Generator().manual_seed(seed), pairs, options.pop("asked", pairs))
+
+
+def look_up(batch):
+    """Answers found by searching each question's key in the context alone."""
+    found = []
+    for row in batch.tokens.tolist():
+        context, questions = row[: batch.context], row[batch.context :: 2]
+        found.append([context[context.index(key) + 1] for key in questions])
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("length", data.LENGTHS)
+def test_an_oracle_answers_every_question(length):
+    for batch in (batch_of(length), batch_of(length, pairs=data.most_pairs(length)), data.exam(length, 3, 0)):
+        assert batch.tokens.shape == (3, length)
+        assert torch.equal(look_up(batch), batch.answers)
+
+
+@pytest.mark.parametrize("length", [64, 256])
+def test_keys_stand_once_in_the_context(length):
+    batch = batch_of(length, rows=20, pairs=data.most_pairs(length))
+    for row in batch.tokens[:, : batch.context].tolist():
+        keys = [token for token in row if data.NOISE <= token < data.NOISE + data.KEYS]
+        assert len(keys) == len(set(keys)) == data.most_pairs(length)
+
+
+def test_tests_are_not_drawn_twice_alike():
+    assert not torch.equal(data.exam(64, 2, 0).tokens, data.exam(64, 2, 1).tokens)
+    assert torch.equal(data.exam(64, 2, 0).tokens, data.exam(64, 2, 0).tokens)
+
+
+@pytest.mark.parametrize(
+    ("length", "pairs", "asked"), [(63, 4, 4), (32, 2, 2), (64, 16, 4), (64, 0, 0), (64, 4, 5), (64, 4, 0)]
+)
+def test_what_no_sequence_can_be_is_refused(length, pairs, asked):
+    with pytest.raises(ValueError, match="allowed"):
+        batch_of(length, pairs=pairs, asked=asked)
+
+
+def test_the_two_models_have_one_size():
+    small, large = sorted(models.parameters(make()) for make in models.KINDS.values())
+    assert large <= 1.1 * small
+
+
+@pytest.fixture
+def mamba():
+    torch.manual_seed(0)
+    return models.mamba().eval()
+
+
+@pytest.mark.skipif(find_spec("mambapy") is None, reason="mambapy is not installed")
+def test_mamba_trains_with_the_forward_of_transformers(mamba):
+    fast = models.mamba(use_mambapy=True).train()
+    fast.load_state_dict(mamba.state_dict())
+    batch = batch_of(64)
+    want, got = (train.logits_of_answers(model, batch) for model in (mamba, fast))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_reads_on_from_its_states(mamba):
+    tokens = batch_of(64).tokens
+    memory = Recurrent(mamba)
+    memory.read(tokens[:, :40])
+    last = memory.read(tokens[:, 40:])
+    with torch.inference_mode():
+        torch.testing.assert_close(last, mamba(tokens).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_states_are_measured(mamba):
+    config, one = mamba.config, Contestant("mamba", "states", mamba=mamba)
+    values = config.num_hidden_layers * config.intermediate_size * (config.state_size + config.conv_kernel)
+    for length in (64, 128):
+        held, speed = cost(one, length, 0)
+        assert held == 4 * values
+        assert speed > 0
+
+
+def test_training_lowers_the_loss_and_writes_what_loads(tmp_path):
+    words = ["--model", "transformer", "--longest", "64", "--batch", "512", "--tokens", "12000", "--out", str(tmp_path)]
+    facts = train.train(train.options_of(words))
+    model, kept = models.load("transformer", tmp_path)
+    assert kept == facts
+    assert facts["tokens"] == 12288 or facts["seconds"] > 200
+    torch.manual_seed(0)
+    batch = batch_of(64, rows=32)
+    with torch.no_grad():
+        assert train.loss_of(model, batch) < train.loss_of(models.transformer(), batch) - 0.5
+
+
+@pytest.mark.parametrize("spent", [0.0, 0.1, 0.3, 0.9])
+def test_lengths_grow_and_steps_shrink(spent):
+    assert max(train.lengths_at(spent, 2048)) == {0.0: 64, 0.1: 64, 0.3: 256, 0.9: 2048}[spent]
+    assert max(train.lengths_at(spent, 64)) == 64
+    assert 0 <= train.rate_at(spent) <= 1
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Every contestant of the trio, untrained."""
+    torch.manual_seed(0)
+    for name, make in models.KINDS.items():
+        models.save(make(), name, {"model": name}, tmp_path)
+    words = ["--weights", str(tmp_path), "--lengths", "64", "192", "--sequences", "2", "--device", "cpu", "--ladders", "int4"]
+    options = table.options_of(words)
+    config = table.validate(table.RunConfig, table.compose(["model.device=cpu"]))
+    return table.trio(config, options)[0], options
+
+
+def test_every_row_is_measured_at_its_length(compared):
+    found, options = compared
+    rows = list(table.with_cost(table.recall_rows(found, options), found, options.seed))
+    names = [("transformer", "fp16"), ("transformer", "argus int4"), ("mamba", "states")]
+    assert [(row["model"], row["cache"], row["length"]) for row in rows] == [(*name, n) for n in (64, 192) for name in names]
+    held = {(row["cache"], row["length"]): row["memory"] for row in rows}
+    assert [held["fp16", n] for n in (64, 192)] == [2 * 4 * 2 * 64 * 2 * n for n in (64, 192)]
+    assert held["argus int4", 192] < held["fp16", 192]
+    assert held["states", 64] == held["states", 192]
+    console = Console(width=table.WIDTH, record=True)
+    table.show(rows, console)
+    printed = console.export_text()
+    assert max(map(len, printed.splitlines())) <= table.WIDTH
+    for text in (printed, table.markdown(rows)):
+        assert all(word in text for word in ("64", "192", "argus int4", "states", *table.METRICS))
+
+
+def test_recall_counts_right_answers(compared):
+    found, _ = compared
+    batch = data.exam(64, 4, 0)
+    with torch.no_grad():
+        likeliest = train.logits_of_answers(found[0].run.model, batch).argmax(-1)
+    assert recall(found[0], batch) == pytest.approx(float((likeliest == batch.answers).float().mean()))
+    # The same sequence, its last value put where the model expects it.
+    batch.tokens[:, -1] = likeliest[:, -1]
+    assert recall(found[0], batch) >= 1 / batch.answers.shape[1]
+
+
+@pytest.mark.skipif(not list(models.WEIGHTS.glob("*.safetensors")), reason="no weights were trained yet")
+@pytest.mark.parametrize("name", sorted(models.KINDS))
+def test_kept_weights_load(name):
+    model, facts = models.load(name)
+    assert facts["parameters"] == models.parameters(model)
+    assert all(word in facts["command"] for word in ("benchmarks.comparison.train", name))
+
+
+@pytest.mark.parametrize("packer", sorted(lossless.PACKERS))
+@pytest.mark.parametrize("delta", [False, True])
+def test_lossless_coding_is_lossless_and_finds_what_repeats(packer, delta):
+    page = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)).half()
+    page[0, 0, :4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    noise = lossless.lossless(page.numpy(), packer, delta)
+    still = lossless.lossless(page[:, :1].expand(-1, 64, -1).contiguous().numpy(), packer, delta)
+    assert still < noise / 5
+
+
+def test_a_changed_page_is_told(monkeypatch):
+    pack, unpack = lossless.PACKERS["zlib"]
+    monkeypatch.setitem(lossless.PACKERS, "zlib", (pack, lambda raw: unpack(raw)[::-1]))
+    with pytest.raises(ValueError, match="changed"):
+        lossless.lossless(torch.randn(1, 8, 8).half().numpy(), "zlib", False)
