@@ -268,6 +268,7 @@ def test_a_whole_ladder(outliers: str) -> None:
 
 
 def test_blocks_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "shares_of", lambda _: 1)
     case = chunk(*INT4, counts=(3, 3, 1), exact=True)
     case.check()
     held = 2 * 7 * case.heads * 64 * 64 * 2
