@@ -1,20 +1,57 @@
-"""After a sweep: one table and one picture of quality against measured bits a value."""
+"""After a sweep: one table, one picture of quality against measured bits a value, and the runs that no other beats."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
 from argus.report import NAME, number, terminal
 
-QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "passkey accuracy"))
+QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
+COLUMNS = (
+    ("bits", "bits_per_value", ".2f"),
+    ("x less", "compression", ".2f"),
+    ("accuracy", "accuracy", ".0%"),
+    ("dNLL", "dnll", "+.4f"),
+    ("KL", "kl", ".4f"),
+    ("decode/s", "decode_tokens_per_s", ".1f"),
+)
+FIGURES = tuple(key for _, key, _ in COLUMNS)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a sweep.
+
+    Attributes
+    ----------
+    name : str
+        What tells it from the others.
+    overrides : str
+        Of its runs, their seeds left out.
+    cache : str
+    seeds : int
+        Runs taken together.
+    means, spreads : dict of str to float
+        Figures, and their sample standard deviations over seeds (empty for one seed).
+    """
+
+    name: str
+    overrides: str
+    cache: str
+    seeds: int
+    means: dict[str, float]
+    spreads: dict[str, float]
 
 
 def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -28,7 +65,8 @@ def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     found = []
     for path in sorted(folder.glob(f"*/{NAME}"), key=lambda path: (len(path.parent.name), path.parent.name)):
         listed = path.parent / ".hydra" / "overrides.yaml"
-        words = [line[2:] for line in listed.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+        kept = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [f"- {path.parent.name}"]
+        words = [line[2:] for line in kept if line.startswith("- ")]
         found.append((" ".join(words), json.loads(path.read_text(encoding="utf-8"))))
     if not found:
         raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
@@ -42,17 +80,42 @@ def distinguish(names: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line if word not in shared) or "default" for line in words]
 
 
-def figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """Mean figures of the ARGUS rows of a report, at the longest context that has each."""
-    rows = [row for row in report["rows"] if row["cache"] == "argus" and "stage" not in row]
+def lines(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Line]:
+    """One line for each cache of each run but the reference, runs that differ only in their seed taken together."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for name, report in runs:
+        reference = report["config"]["reference"]
+        caches = list(dict.fromkeys(row["cache"] for row in report["rows"]))
+        setting = " ".join(word for word in name.split(" ") if not word.startswith("seed="))
+        for cache in [cache for cache in caches if cache != reference] or caches:
+            found.setdefault((setting, cache), []).append(figures(report, cache))
+    names = distinguish([setting for setting, _ in found])
+    several = len({cache for _, cache in found}) > 1
+    return [
+        Line(f"{name} {cache}".removeprefix("default ") if several else name, setting, cache, len(ones), *spread(ones))
+        for name, ((setting, cache), ones) in zip(names, found.items(), strict=True)
+    ]
+
+
+def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
+    """Mean figures of a cache's rows in a report, at the longest context that has each; accuracy by samples."""
+    rows = [row for row in report["rows"] if row["cache"] == cache and "stage" not in row]
     out: dict[str, float] = {}
-    for name in ("bits_per_value", "compression", "kl", "dnll", "accuracy", "decode_tokens_per_s"):
+    for name in FIGURES:
         having = [row for row in rows if row.get(name) is not None]
         longest = max((row["context"] for row in having), default=0)
-        values = [row[name] for row in having if row["context"] == longest]
-        if values:
-            out[name] = sum(values) / len(values)
+        chosen = [row for row in having if row["context"] == longest]
+        if chosen:
+            weights = [row.get("samples", 1) if name == "accuracy" else 1 for row in chosen]
+            out[name] = sum(row[name] * weight for row, weight in zip(chosen, weights, strict=True)) / sum(weights)
     return out
+
+
+def spread(ones: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means of what all have, and their sample standard deviations where there are several."""
+    shared = [name for name in FIGURES if all(name in one for one in ones)]
+    means = {name: fmean(one[name] for one in ones) for name in shared}
+    return means, {name: stdev(one[name] for one in ones) for name in shared} if len(ones) > 1 else {}
 
 
 def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -63,28 +126,43 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def summarize(folder: Path) -> None:
-    """Print the table of a sweep and draw ``pareto.png`` into its folder."""
-    runs = read(folder)
-    names = distinguish([name for name, _ in runs])
-    found = [figures(report) for _, report in runs]
-    quality = next((pair for pair in QUALITY if all(pair[0] in one for one in found)), None)
-    table = Table(box=box.SIMPLE_HEAD)
-    heads = {"bits_per_value": ".2f", "compression": ".2f", "accuracy": ".0%", "dnll": "+.4f", "kl": ".4f"}
-    heads["decode_tokens_per_s"] = ".1f"
-    table.add_column("run", overflow="fold")
-    for head in ("bits", "x less", "passkey", "dNLL", "KL", "decode/s", "best"):
-        table.add_column(head, justify="right", no_wrap=True)
+    """Print the table of a sweep; write ``sweep.json``, ``sweep.md`` and ``pareto.png`` into its folder."""
+    found = lines(read(folder))
+    quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best = [False] * len(found)
     if quality is not None:
         sign = -1 if quality[0] == "accuracy" else 1
-        best = undominated([(one["bits_per_value"], sign * one[quality[0]]) for one in found])
-        draw_pareto(
-            [(name, one["bits_per_value"], one[quality[0]]) for name, one in zip(names, found, strict=True)],
-            folder / "pareto.png",
-            quality[1],
-        )
-    for name, one, mark in zip(names, found, best, strict=True):
-        table.add_row(name, *(number(one.get(head), form) for head, form in heads.items()), "*" if mark else "")
+        best = undominated([(line.means["bits_per_value"], sign * line.means[quality[0]]) for line in found])
+        points = [(line.name, line.means["bits_per_value"], line.means[quality[0]]) for line in found]
+        draw_pareto(points, folder / "pareto.png", quality[1])
+    shown = [(head, key, form) for head, key, form in COLUMNS if any(key in line.means for line in found)]
+    heads = ["run", *(head for head, _, _ in shown), "seeds", "best"]
+    cells = [
+        [line.name, *(cell(line, key, form) for _, key, form in shown), str(line.seeds), "*" if mark else ""]
+        for line, mark in zip(found, best, strict=True)
+    ]
+    keep = [{**asdict(line), "best": mark} for line, mark in zip(found, best, strict=True)]
+    (folder / "sweep.json").write_text(json.dumps(keep, indent=1) + "\n", encoding="utf-8")
+    (folder / "sweep.md").write_text(markdown(heads, cells), encoding="utf-8")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(heads[0], overflow="fold")
+    for head in heads[1:]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(escape, line))
     console = terminal()
     console.print(table)
-    console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True)
+    console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True, markup=False)
+
+
+def cell(line: Line, key: str, form: str) -> str:
+    """A mean, with its spread over seeds for quality."""
+    text = number(line.means.get(key), form)
+    return f"{text} ±{line.spreads[key]:.4f}" if key in ("dnll", "kl") and key in line.spreads else text
+
+
+def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The table as Markdown, and the list of runs that no other beats."""
+    marks = ["---", *["---:"] * (len(heads) - 1)]
+    table = ["| " + " | ".join(line) + " |" for line in (heads, marks, *cells)]
+    return "\n".join([*table, "", "Not beaten in bits and quality together:", *(f"- `{c[0]}`" for c in cells if c[-1])]) + "\n"

@@ -139,7 +139,7 @@ def test_undominated():
 
 
 def test_figures_are_of_argus_at_the_longest_context():
-    assert figures({"rows": ROWS}) == {
+    assert figures({"rows": ROWS}, "argus") == {
         "bits_per_value": 4.2,
         "compression": 3.8,
         "kl": 0.0456,
@@ -159,7 +159,7 @@ def sweep_of(folder, reports) -> None:
     for number, (words, rows) in enumerate(reports):
         (folder / str(number) / ".hydra").mkdir(parents=True)
         (folder / str(number) / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in words))
-        (folder / str(number) / "report.json").write_text(json.dumps({"rows": rows}))
+        (folder / str(number) / "report.json").write_text(json.dumps({"config": {"reference": "fp16"}, "rows": rows}))
 
 
 def test_a_sweep_becomes_a_table_and_a_picture(tmp_path, capsys):
@@ -176,6 +176,27 @@ def test_a_sweep_becomes_a_table_and_a_picture(tmp_path, capsys):
     picture = (tmp_path / "pareto.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5000
+
+
+def test_seeds_are_one_line_with_their_spread(tmp_path, capsys):
+    other = [dict(row, kl=0.0656) if row.get("kl") else row for row in ROWS]
+    sweep_of(tmp_path, [(["tiers=int4", "seed=0"], ROWS), (["tiers=int4", "seed=20"], other), (["tiers=int2", "seed=0"], ROWS)])
+    summarize(tmp_path)
+    assert "0.0556 ±0.0141" in capsys.readouterr().out
+    kept = {line["name"]: line for line in json.loads((tmp_path / "sweep.json").read_text())}
+    assert kept["tiers=int4"]["seeds"] == 2
+    assert kept["tiers=int4"]["spreads"]["kl"] == pytest.approx(0.0141, abs=1e-4)
+    assert kept["tiers=int2"]["spreads"] == {}
+    assert "- `tiers=int2`" in (tmp_path / "sweep.md").read_text()
+
+
+def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
+    peers = [dict(row, cache="[kivi4]", kl=0.5) for row in ROWS if row["cache"] == "argus"]
+    sweep_of(tmp_path, [(["seed=1"], [*ROWS, *peers])])
+    summarize(tmp_path)
+    out = capsys.readouterr().out
+    assert "[kivi4]" in out
+    assert "fp16" not in out
 
 
 def test_ten_runs_stay_in_order(tmp_path):

@@ -24,13 +24,14 @@ class RetrievalConfig(PuzzleConfig):
 
     ``kinds``: which puzzles. ``keys``: codes in a multikey context, one of them asked for. ``values``: codes of the one name
     in a multivalue context, all of them asked for. ``chains`` and ``hops``: variables that get a number, and how often each
-    is handed on to a new variable, in a tracking context; asked for are the variables that hold one of the numbers.
+    is handed on to a new variable, in a tracking context; asked for are the variables that hold one of the numbers. The
+    defaults are small enough for a model of 135M parameters; RULER's usual ones are ``keys=4 values=4 chains=1 hops=4``.
     """
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("multikey", "multivalue", "tracking")
-    keys: Few = 4
-    values: Few = 4
-    chains: Few = 2
+    keys: Few = 2
+    values: Few = 3
+    chains: Few = 1
     hops: Few = 2
 
 
@@ -59,8 +60,8 @@ def multivalue(config: RetrievalConfig, draw: random.Random) -> Story:
     """One name with several codes, all of them asked for."""
     name = draw.choice(words())
     codes = [number(draw) for _ in range(config.values)]
-    needles = [f"One code of {name} is {code}. " for code in codes]
-    question = f"What are all the codes of {name}? The codes of {name} are"
+    needles = [f"\n\nOne secret code of {name} is {code}.\n\n" for code in codes]
+    question = f"\n\nWhat are all the secret codes of {name}? The secret codes of {name} are"
     return Story(HEAD, needles, question, codes, "".join(f" {code}," for code in codes))
 
 
@@ -82,7 +83,7 @@ def tracking(config: RetrievalConfig, draw: random.Random) -> Story:
         needles.append(f"VAR {chain[step]} = {f'VAR {chain[step - 1]}' if step else codes[place]}. ")
         said[place] += 1
     asked = draw.randrange(config.chains)
-    question = f"Which variables have the value {codes[asked]}? The variables {chains[asked][0]},"
+    question = f"Which variables have the value {codes[asked]}? They are VAR {chains[asked][0]}, VAR"
     longest = "".join(f" VAR {name}," for name in names)
     return Story("Track the chain of variables. ", needles, question, chains[asked][1:], longest)
 

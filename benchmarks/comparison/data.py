@@ -12,7 +12,7 @@ NOISE, KEYS, VALUES = 128, 256, 128
 """Token ids: noise first, then keys, then values."""
 VOCABULARY = NOISE + KEYS + VALUES
 SPACING = 16
-"""Tokens a pair: a sequence of 2048 tokens has 128 pairs."""
+"""Tokens a pair in a test: a sequence of 2048 tokens has 128 pairs."""
 ASKED = 16
 """Pairs asked for in a test sequence, at most."""
 
@@ -39,36 +39,43 @@ class Batch:
 
 
 def pairs_of(length: int) -> int:
-    """Pairs in a sequence of `length` tokens."""
+    """Pairs in a test sequence of `length` tokens."""
     return length // SPACING
 
 
-def draw(length: int, rows: int, generator: torch.Generator, asked: int | None = None) -> Batch:
+def most_pairs(length: int) -> int:
+    """Pairs that a sequence of `length` tokens can hold and ask for, each once."""
+    return min(KEYS, length // 4 - 1)
+
+
+def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: int) -> Batch:
     """Random sequences.
 
     Parameters
     ----------
     length : int
-        Tokens a sequence, questions included; even, at least 64, and with no more pairs than there are keys.
+        Tokens a sequence, questions included; even, at least 64.
     rows : int
         Sequences.
     generator : torch.Generator
         Draws everything, on the device where the tokens are made.
-    asked : int or None
-        Questions a sequence; None: every pair is asked for once.
+    pairs : int
+        Pairs a sequence, each with a key of its own.
+    asked : int
+        Questions a sequence, each of another pair.
 
     Raises
     ------
     ValueError
-        If no sequence has this length, or has that many pairs to ask for.
+        If no sequence has this length, or not so many pairs or questions.
     """
-    pairs = pairs_of(length)
-    if length % 2 or not 4 <= pairs <= KEYS:
-        raise ValueError(f"length {length} is no length of this task; allowed: even, 64 to {KEYS * SPACING}")
-    questions = pairs if asked is None else asked
-    if not 1 <= questions <= pairs:
-        raise ValueError(f"{questions} questions of {pairs} pairs; allowed: 1 to {pairs}")
-    device, context = generator.device, length - 2 * questions
+    if length % 2 or length < 64:
+        raise ValueError(f"length {length} is no length of this task; allowed: even numbers from 64")
+    if not 1 <= pairs <= most_pairs(length):
+        raise ValueError(f"{pairs} pairs in {length} tokens; allowed: 1 to {most_pairs(length)}")
+    if not 1 <= asked <= pairs:
+        raise ValueError(f"{asked} questions of {pairs} pairs; allowed: 1 to {pairs}")
+    device, context = generator.device, length - 2 * asked
 
     def choose(count: int, among: int) -> Tensor:
         """`count` different numbers below `among`, in random order, in each row."""
@@ -83,13 +90,14 @@ def draw(length: int, rows: int, generator: torch.Generator, asked: int | None =
     # One slot of two tokens stays free, so that pairs of a row may begin at even or at odd places.
     places = 2 * choose(pairs, context // 2 - 1) + number(rows, 1, below=2)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
-    which = choose(questions, pairs)
+    which = choose(asked, pairs)
     tokens[:, context::2] = keys.gather(1, which)
     tokens[:, context + 1 :: 2] = values.gather(1, which)
     return Batch(tokens, context)
 
 
-def test_batch(length: int, rows: int, seed: int, device: str = "cpu") -> Batch:
+def exam(length: int, rows: int, seed: int, device: str = "cpu") -> Batch:
     """The sequences on which models are compared, the same on every device: at most 16 questions each."""
-    made = draw(length, rows, torch.Generator().manual_seed(1_000_000 + seed), min(pairs_of(length), ASKED))
+    pairs = pairs_of(length)
+    made = draw(length, rows, torch.Generator().manual_seed(1_000_000 + seed), pairs, min(pairs, ASKED))
     return Batch(made.tokens.to(device), made.context)

@@ -1,6 +1,6 @@
 """Train one model of the comparison: ``python -m benchmarks.comparison.train --model transformer --minutes 4``.
 
-Every sequence is new. Short sequences come first, then all lengths up to the longest. The step size falls to zero when the
+Every sequence is new. Short sequences come first, then all lengths up to the longest. The step size reaches zero when the
 tokens or the minutes are spent, whichever is first.
 """
 
@@ -23,9 +23,13 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.comparison import data, models
 
-WARM_UP = 0.02
-CURRICULUM = ((0.2, 64), (0.35, 256))
+WARM_UP, COOL_DOWN = 0.02, 0.5
+"""Shares of the budget in which the step size rises from zero, and falls to zero."""
+CURRICULUM = ((0.25, 64), (0.45, 256))
 """Until this share of the budget, no sequence is longer than this."""
+
+SPACINGS = (4, 8, 16)
+"""Tokens a pair in training; all pairs are asked for, so that dense sequences teach more."""
 
 
 def options_of(words: list[str] | None = None) -> argparse.Namespace:
@@ -33,8 +37,8 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(models.KINDS), required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--tokens", type=float, default=6.4e7, help="tokens to train on, at most")
-    parser.add_argument("--batch", type=int, default=16384, help="tokens a step")
+    parser.add_argument("--tokens", type=float, default=4e7, help="tokens to train on, at most")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of the longest sequences")
     parser.add_argument("--rate", type=float, default=2e-3, help="largest step size")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,7 +71,7 @@ def lengths_at(spent: float, longest: int) -> list[int]:
 
 def rate_at(spent: float) -> float:
     """Share of the largest step size: up from zero, then down to zero."""
-    return min(1.0, spent / WARM_UP) * (1.0 - spent)
+    return min(1.0, spent / WARM_UP, (1.0 - spent) / COOL_DOWN)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     pick = random.Random(options.seed)
-    held_out = [data.test_batch(n, 16, options.seed, options.device) for n in data.LENGTHS if n <= options.longest]
+    held_out = [data.exam(n, 16, options.seed, options.device) for n in data.LENGTHS if n <= options.longest]
     best, kept = (-1.0, 0), copy.deepcopy(model.state_dict())
     start = told = time.perf_counter()
     tokens = steps = skipped = 0
@@ -99,7 +103,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = options.rate * rate_at(spent)
         length = pick.choice(lengths_at(spent, options.longest))
-        batch = data.draw(length, max(1, options.batch // length), generator)
+        pairs = min(data.most_pairs(length), length // pick.choice(SPACINGS))
+        batch = data.draw(length, max(1, options.batch // length), generator, pairs, pairs)
         value = loss_of(model, batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -22,7 +22,7 @@ def make(tokenizer, kind: str, length: int, seed: int) -> Puzzle:
         return needle.puzzle(tokenizer, length, 0.4, seed)
     if kind in recall.KINDS:
         return recall.puzzle(tokenizer, recall.RecallConfig(), kind, length, seed)
-    return retrieval.puzzle(tokenizer, RetrievalConfig(), kind, length, seed)
+    return retrieval.puzzle(tokenizer, RetrievalConfig(keys=4, chains=2), kind, length, seed)
 
 
 def last(pattern: str, text: str) -> str:
@@ -54,14 +54,14 @@ SOLVE = {
     "passkey": lambda c, q: re.findall(r"The pass key is (\d+)\.", c),
     "needle": lambda c, q: told(r"The secret code of NAME is (\d+)\.", c, q),
     "multikey": lambda c, q: told(r"The code of NAME is (\d+)\.", c, q),
-    "multivalue": lambda c, q: told(r"One code of NAME is (\d+)\.", c, q),
+    "multivalue": lambda c, q: told(r"One secret code of NAME is (\d+)\.", c, q),
     "tracking": track,
     "copy": copied,
     "pairs": lambda c, q: re.findall(q + r" (\w+)\n", c),
 }
 """Who can read, solves each from context and question alone."""
 
-COUNTS = {"multivalue": 4, "tracking": 2, "copy": 8}
+COUNTS = {"multivalue": 3, "tracking": 2, "copy": 8}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
