@@ -351,19 +351,60 @@ class KeptProjection(Kept):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("key", "value", "ratio", "dim"),
-    [("int4-token", "int4-token", 4, 64), ("int4-token", "int4-token", 4, 128), ("plain", "int2-token", 2, 64)],
+    [
+        ("int4-token", "int4-token", 4, 64),
+        ("int4-token", "int4-token", 4, 128),
+        ("int4-token", "int4-token", 8, 128),
+        ("int4-token", "int4-token", 16, 64),
+        ("plain", "int2-token", 2, 64),
+    ],
 )
 def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: bool) -> None:
     case = Case(Plain(), Plain(), dim=dim)
-    tiers = [KeptProjection(case.backend, FORMS[form], ratio == 4, ratio) for form in (key, value)]
+    tiers = [KeptProjection(case.backend, FORMS[form], ratio != 8, ratio) for form in (key, value)]
     case.segments = []
     for first, count in ((0, 3), (3, 2)):
         keys, values = (tier.encode(case.random(count, 2, 2, 64, dim)) for tier in tiers)
         positions = (torch.arange(count) + first).to(DEVICE) * 64
         marks = case.random(count, 2, 2, 64) > 1.0 if masked else None
         case.segments.append(Segment(*tiers, keys, values, positions, (first + count) * 64 - 1, 64, marks))
-    assert bool(case.backend.tables.of(case.segments).runs) == (ratio == 4)
+    assert bool(case.backend.tables.of(case.segments).runs) == (ratio > 2)
     mask = None
     if masked:
         mask = torch.rand(2, 1, 1, case.length, generator=case.generator).to(DEVICE) > 0.2
     case.check(Query(case.query.rows * 3, case.query.start, 1, mask))
+
+
+@pytest.mark.parametrize(("dim", "page", "capped"), [(64, 64, True), (128, 64, False), (64, 128, False)])
+@pytest.mark.parametrize("kind", ["plain", "marks", "mask", "additive"])
+def test_stages_with_few_pages(dim: int, page: int, capped: bool, kind: str) -> None:
+    """Codes of any width in one table, read by one kernel."""
+    case = Case(Plain(), Plain(), dim=dim, page=page, counts=(4,), steps=2)
+    widths = [("int8", "int8-token"), ("int4", "int2-token"), ("int2", "int8-token"), ("sign", "sign-token")]
+    case.segments = []
+    for place, (key, value) in enumerate(widths):
+        tiers = [Kept(case.backend, FORMS[form]) for form in (key, value)]
+        x = [case.random(1, 2, 2, page, dim) * (0.3 + 2 * case.random(dim).abs()) for _ in tiers]
+        keys, values = (tier.encode(one) for tier, one in zip(tiers, x, strict=True))
+        marks = case.random(1, 2, 2, page) > 1.0 if kind == "marks" else None
+        position = torch.tensor([place * page], device=DEVICE)
+        case.segments.append(Segment(*tiers, keys, values, position, (place + 1) * page - 1, page, marks))
+    [joint] = case.backend.tables.of(case.segments).runs
+    assert [run.pages for run in joint.members] == [1, 1, 1, 1]
+    mask = None
+    if kind in ("mask", "additive"):
+        mask = torch.rand(2, 1, 2, case.length, generator=case.generator).to(DEVICE) > 0.3
+        if kind == "additive":
+            mask = torch.where(mask, 0.5, torch.finfo(torch.float16).min).half()
+    case.check(Query(case.query.rows, case.query.start, 2, mask, 3.0 if capped else None))
+
+
+def test_stages_with_few_pages_after_the_query_are_hidden() -> None:
+    case = Case(Plain(), Plain(), counts=(2,), steps=2)
+    case.segments = []
+    for place, (key, value) in enumerate([("int8", "int8-token"), ("int4", "int4-token")]):
+        tiers = [Kept(case.backend, FORMS[form]) for form in (key, value)]
+        keys, values = (tier.encode(case.random(1, 2, 2, 64, 64)) for tier in tiers)
+        position = torch.tensor([place * 64], device=DEVICE)
+        case.segments.append(Segment(*tiers, keys, values, position, (place + 1) * 64 - 1, 64, None))
+    case.check(Query(case.query.rows, 90, 2))

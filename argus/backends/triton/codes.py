@@ -115,8 +115,10 @@ def _quarters(at):
 
 
 @triton.jit
-def _fold(q_at, scales, zeros, part, D: tl.constexpr, SYMMETRIC: tl.constexpr):
+def _fold(q_at, scales, zeros, signed, part, D: tl.constexpr, SYMMETRIC: tl.constexpr, ANY: tl.constexpr):
     """q' as B operands, what to multiply products by, and q . zero, for the row of this lane's column.
+
+    ANY: codes that are `signed` (known when it runs) are read 128 too large, which their zero takes back.
 
     The two lanes that hold a row's high and low part fold half of their channels each, and exchange.
     """
@@ -127,6 +129,11 @@ def _fold(q_at, scales, zeros, part, D: tl.constexpr, SYMMETRIC: tl.constexpr):
         scale = _quarters(scales + s * 16)
         if not SYMMETRIC:
             zero = _quarters(zeros + s * 16)
+        if ANY:
+            zero = (
+                tl.where(signed, scale[0] * -128.0, zero[0]), tl.where(signed, scale[1] * -128.0, zero[1]),
+                tl.where(signed, scale[2] * -128.0, zero[2]), tl.where(signed, scale[3] * -128.0, zero[3]),
+            )  # fmt: skip
         q = _reload4(q_at + s * 32)
         for j in tl.static_range(4):
             one = q[j].to(tl.float32, bitcast=True) * scale[j]
@@ -216,7 +223,7 @@ def _codes_share(
         if not VSYM:
             zeros = _load4(tl.load(row_of + 5) + (inner * P + block * 64 + g * 8) * 2)
         channel_at = ((inner * (P // KG) + block * 64 // KG) * D + t * (D // 4) + part * 4) * 2
-        b, unscale, offset = _fold(q_at, tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at, part, D, KSYM)
+        b, unscale, offset = _fold(q_at, tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at, False, part, D, KSYM, False)
         # Column 2 t holds the high part of row t: its facts lie in the lanes of column 2 t.
         unscale *= KEY
         if not CAPPED:

@@ -11,13 +11,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argus.backends.triton.codes import _codes_share
+from argus.backends.triton.few import _few_share
 from argus.backends.triton.halves import _halves_share
 from argus.backends.triton.lanes import LOG2E
 from argus.backends.triton.projected import _projected_share
 
-CODES, PROJECTED, PAGES, DENSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+CODES, PROJECTED, PAGES, DENSE, FEW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 """Which share answers: integer tensor cores on codes in fragment order; projected pages; pages of 16-bit tokens or E4M3 codes;
-16-bit tokens in a row."""
+16-bit tokens in a row; few pages of codes of different widths."""
 
 
 @triton.jit
@@ -38,10 +39,12 @@ def _share(
             C[0], D, C[1], C[2], C[3], C[4], C[5], C[6], C[7],
             CAPPED, FIELDS, C[8],
         )  # fmt: skip
+    elif SHARE == FEW:
+        _few_share(q_ptr, source, at, where, mask, lowest, cap, begin, end, C[0], D, C[1], C[2], CAPPED, FIELDS)
     elif SHARE == PROJECTED:
         _projected_share(
             q_ptr, source, at, where, mask, lowest, latest, cap, begin, end,
-            D, C[0], C[1], CAPPED, FIELDS,
+            C[0], D, C[1], C[2], CAPPED, FIELDS,
         )  # fmt: skip
     elif SHARE == PAGES:
         _halves_share(
@@ -74,18 +77,17 @@ def _decode_kernel(
     first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap, counts, jobs,
     D: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Answer four rows of one head for a share of one of the parts.
+    """Answer four rows of one head for a share of one of the parts, or of several small ones.
 
-    counts: of each part its first program, its programs a head and its units of work, as ``launch.odd`` makes them; side by
-    side, since every program reads them all. jobs: of each part what its share takes, which share that is, and its constants.
+    counts: of each part its first program, its programs a head, its units of work and its first slot, as ``launch.odd`` makes
+    them; side by side, since every program reads them all. jobs: of each part what its share takes, which share that is, and
+    its constants.
     """
     if EARLY:
         gdc_launch_dependents()
     number = tl.program_id(0)
     inner = tl.program_id(1).to(tl.int64)
     first_row = tl.program_id(2) * 4
-    slot = inner * slots + first_slot + number
-    at = (out_ptr + slot * R * D, lse_ptr + slot * R)
     where = (inner, first_row, R)
     held_row = tl.minimum(first_row + tl.arange(0, 32) % 4, R - 1)
     latest = start + held_row % S
@@ -99,6 +101,8 @@ def _decode_kernel(
         units = _number(counts[j][2])
         if (number >= first) & (number < first + splits):
             share = (number - first).to(tl.int64)
+            slot = inner * slots + first_slot + _number(counts[j][3]) + share
+            at = (out_ptr + slot * R * D, lse_ptr + slot * R)
             begin = (share * units // splits).to(tl.int32)
             end = ((share + 1) * units // splits).to(tl.int32)
             _share(

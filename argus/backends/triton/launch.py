@@ -20,7 +20,7 @@ from argus.backends.triton.tables import FIELDS, Run
 
 ROWS = 4
 """Rows that a warp answers for."""
-SHARES = {"codes": fused.CODES, "projected": fused.PROJECTED, "pages": fused.PAGES, "dense": fused.DENSE}
+SHARES = {"codes": fused.CODES, "projected": fused.PROJECTED, "pages": fused.PAGES, "dense": fused.DENSE, "few": fused.FEW}
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,18 @@ class Job:
     Attributes
     ----------
     part : Run or Dense
-    share : {"codes", "projected", "pages", "dense", "any"}
+    share : {"codes", "projected", "pages", "dense", "few", "any"}
         Which share of the fused kernel: integer tensor cores on codes in fragment order; projected pages; pages of 16-bit
-        tokens or E4M3 codes; 16-bit tokens in a row. ``any``: a launch of its own, for anything, decoded in registers.
+        tokens or E4M3 codes; 16-bit tokens in a row; few pages of codes of different widths. ``any``: a launch of its own, for
+        anything, decoded in registers.
     units : int
         Units of work of that kernel.
     constants : tuple
         What the share is compiled for.
     cost : float
         Of a unit, in the time that 64 tokens of 2-bit codes take.
-    splits : int
-        Programs a head.
+    first, splits : int
+        Programs a head: the first that answers for it, and how many. Small parts may have one together.
     """
 
     part: Run | Dense
@@ -96,6 +97,7 @@ class Job:
     units: int
     constants: tuple[Any, ...] = ()
     cost: float = 1.0
+    first: int = 0
     splits: int = 1
 
 
@@ -103,17 +105,28 @@ def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
     """The jobs that answer `query` for all parts: those of the fused kernel, in order, and then the others."""
     batch, heads, rows, dim = query.rows.shape
     processors = tuning.processors(query.rows.device)
-    jobs = [job_of(query, part) for part in parts]
+    jobs = [job_of(query, one) for part in parts for one in apart(query, part)]
     fused = [job for job in jobs if job.share != "any"]
     resident = tuning.resident([(job.share, job.constants) for job in fused], dim)
     room = max(1, processors * resident // (batch * heads * triton.cdiv(rows, ROWS)))
-    splits = tuning.divide([job.units for job in fused], [job.cost for job in fused], room)
-    out = [replace(job, splits=count) for job, count in zip(fused, splits, strict=True)]
+    places = tuning.divide(tuple(job.units for job in fused), tuple(job.cost for job in fused), room)
+    out = [replace(job, first=first, splits=splits) for job, (first, splits) in zip(fused, places, strict=True)]
     for job in jobs:
         if job.share == "any":
             least = 128 if isinstance(job.part, Dense) else 1
             out.append(replace(job, splits=tuning.splits(job.units, batch * heads, least, processors, 4)))
     return out
+
+
+def apart(query: Query, part: Run | Dense) -> tuple[Run | Dense, ...]:
+    """The stages of a run that joins several, where some page may be hidden by its position alone; else the part as it is."""
+    joint = isinstance(part, Run) and part.members and not past(query, part)
+    return part.members if joint else (part,)  # type: ignore[union-attr]
+
+
+def past(query: Query, run: Run) -> bool:
+    """Whether every query row may see every position of `run`, but for what a mask hides."""
+    return query.mask is not None or run.last <= query.start
 
 
 def job_of(query: Query, part: Run | Dense) -> Job:
@@ -126,19 +139,23 @@ def job_of(query: Query, part: Run | Dense) -> Job:
             constants = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask)
             return Job(part, "dense", triton.cdiv(tokens, 16), constants, tuning.DENSE)
         return Job(part, "any", tokens)
+    if part.members:
+        return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
     if part.matrices:
-        return Job(part, "projected", part.pages, (mask, part.exact), tuning.PROJECTED)
+        rows = part.keys["scale"].shape[-2]
+        return Job(part, "projected", part.pages, (rows, mask, part.exact), tuning.PROJECTED)
     key, value, page = part.key_form, part.value_form, part.page
     if in_codes(query, part):
         early = tuning.prefetch(key.bits, value.bits, dim)
         constants = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
         return Job(part, "codes", part.pages * (page // layout.BLOCK), constants, tuning.codes(key.bits, value.bits))
-    tiles = tuning.half_tiles(dim)
+    tiles = tuning.half_tiles(dim, part.pages)
     if in_pages(part, dim, 16 * tiles):
         coded = isinstance(key, Float8)
         scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
         constants = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
-        return Job(part, "pages", part.pages * (page // (16 * tiles)), constants, tuning.EIGHT if coded else tuning.SIXTEEN)
+        cost = tiles * (tuning.EIGHT if coded else tuning.SIXTEEN)
+        return Job(part, "pages", part.pages * (page // (16 * tiles)), constants, cost)
     return Job(part, "any", part.pages)
 
 
@@ -157,7 +174,7 @@ def in_codes(query: Query, run: Run) -> bool:
         and (key.axis, value.axis) == ("channel", "token")
         and (key.group or run.page) % layout.BLOCK == 0
         and value.group in (None, dim)
-        and (query.mask is not None or run.last <= query.start)
+        and past(query, run)
     )
 
 
@@ -197,26 +214,26 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int)
         return slot
     batch, heads, rows, dim = query.rows.shape
     mask = Mask.of(query, 0)
-    counts, arguments, first = [], [], 0
+    counts, arguments, answers = [], [], 0
     for job in jobs:
-        counts.append((odd(first), odd(job.splits), odd(job.units)))
+        counts.append((odd(job.first), odd(job.splits), odd(job.units), odd(answers)))
         arguments.append((_source(job.part), SHARES[job.share], tuple(tl.constexpr(fact) for fact in job.constants)))
-        first += job.splits
+        answers += job.splits
+    programs = max(job.first + job.splits for job in jobs)
     registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
-    _decode_kernel[(first, batch * heads, triton.cdiv(rows, ROWS))](
+    _decode_kernel[(programs, batch * heads, triton.cdiv(rows, ROWS))](
         query.rows.contiguous(), work.out, work.lse, mask.tensor,
         slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
         tuple(counts), tuple(arguments), dim, query.mask is not None, query.softcap is not None, FIELDS,
         query.rows.is_cuda, num_warps=1, maxnreg=registers,
     )  # fmt: skip
-    return slot + first
+    return slot + answers
 
 
 def _source(part: Run | Dense) -> tuple[Any, ...]:
     """Where a share finds its part."""
     if isinstance(part, Run):
-        factors = [float(form.ratio) if form.unbiased else 1.0 for form in (part.key_form, part.value_form) if part.matrices]
-        return (part.table, part.positions, *part.matrices, *factors)
+        return (part.table, part.positions, *part.matrices)
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])

@@ -1,10 +1,11 @@
 """Decode attention over pages whose token axis is projected (``jl``), answered without leaving the projected space.
 
-A page is ``x = mean + W^T c`` with 16 rows ``c`` for 64 tokens, so ``q . x = q . mean + W^T (c q)`` and
+A page is ``x = mean + W^T c`` with 16, 8 or 4 rows ``c`` for 64 tokens, so ``q . x = q . mean + W^T (c q)`` and
 ``p x = sum(p) mean + (W p) c``. Coefficients are planar 4-bit codes with a scale and a zero a row: ``c q`` is
 ``(codes q) * scale + sum(q) * zero``, and the values' scales go into ``W p``. Built as ``codes.py`` is: products with codes on
 integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W`` and means on ``mma.m16n8k16``, every FP32 factor
-as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` stays in registers.
+as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read from the L1 cache for each page, since
+more warps pay better than its registers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from argus.backends.triton.lanes import (
     _mma,
     _mma16,
     _most,
+    _reload4,
     _seen,
     _short,
     _store2,
@@ -84,14 +86,14 @@ def _floats(at, COUNT: tl.constexpr):
 @triton.jit
 def _projected_share(
     q_ptr, run, result, where, mask, lowest, latest, cap, begin, end,
-    D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for pages `begin` to `end`.
 
-    run: table and positions of pages, matrices of keys and of values, and their factors. result: where average and
-    log-sum-exp go. where: head, first row, rows.
+    run: table and positions of pages, matrices of keys and of values as ``tables.fragments`` lays them. result: where average
+    and log-sum-exp go. where: head, first row, rows.
     """
-    table_ptr, positions_ptr, key_matrix, value_matrix, key_factor, value_factor = run
+    table_ptr, positions_ptr, back_ptr, forth_ptr = run
     inner = where[0]
     R = where[2]
     lane = tl.arange(0, 32)
@@ -138,16 +140,11 @@ def _projected_share(
         row_size = tl.maximum(row_size, tl.abs(q[i]))
     row_sum = _sum(row_sum)
     unscale = tl.maximum(_most(row_size), 1e-30) * (1.0 / REACH)
-    back = ()
-    forth = ()
-    for i in tl.static_range(4):
-        for r in tl.static_range(4):
-            # A operand rows are tokens, columns coefficients; and the other way round.
-            at = key_matrix.to(tl.int64) + ((2 * t + 8 * (r // 2)) * 64 + 16 * i + g + 8 * (r % 2)) * 4
-            back = back + (_pair(_floats(at, 1)[0] * key_factor, _floats(at + 256, 1)[0] * key_factor),)
-            at = value_matrix.to(tl.int64) + ((g + 8 * (r % 2)) * 64 + 16 * i + 2 * t + 8 * (r // 2)) * 4
-            two = _floats(at, 2)
-            forth = forth + (_pair(two[0] * value_factor, two[1] * value_factor),)
+    # Rows g and g + 8 of the coefficients; where there are fewer, the last again, which the projections do not count.
+    near = tl.minimum(g, M - 1)
+    far = tl.minimum(g + 8, M - 1)
+    back = back_ptr.to(tl.int64) + lane * 16
+    forth = forth_ptr.to(tl.int64) + lane * 16
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     none4 = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
@@ -158,14 +155,14 @@ def _projected_share(
         acc = acc + (tl.zeros((32,), tl.float32),)
     for page in range(begin, end):
         row_of = table_ptr + page * FIELDS
-        codes = tl.load(row_of) + inner * (8 * D) + g * (D // 2) + t * (D // 8)
-        upper = _words(codes, KW)
-        lower = _words(codes + 4 * D, KW)
-        codes = tl.load(row_of + 3) + inner * (8 * D) + g * (D // 16)
-        v0 = _words(codes + (2 * t) * (D // 2), VW)
-        v1 = _words(codes + (2 * t + 8) * (D // 2), VW)
-        v2 = _words(codes + (2 * t + 1) * (D // 2), VW)
-        v3 = _words(codes + (2 * t + 9) * (D // 2), VW)
+        codes = tl.load(row_of) + inner * (M * D // 2) + t * (D // 8)
+        upper = _words(codes + near * (D // 2), KW)
+        lower = _words(codes + far * (D // 2), KW) if M > 8 else upper
+        codes = tl.load(row_of + 3) + inner * (M * D // 2) + g * (D // 16)
+        v0 = _words(codes + tl.minimum(2 * t, M - 1) * (D // 2), VW)
+        v2 = _words(codes + tl.minimum(2 * t + 1, M - 1) * (D // 2), VW)
+        v1 = _words(codes + (2 * t + 8) * (D // 2), VW) if M > 8 else v0
+        v3 = _words(codes + (2 * t + 9) * (D // 2), VW) if M > 8 else v2
         mean_at = tl.load(row_of + 7) + inner * (2 * D) + t * 16
         c = none4
         f = zero4
@@ -175,10 +172,10 @@ def _projected_share(
             mean = _load4(mean_at + w * 64)
             f = _mma16(mean[0], mean[0], mean[1], mean[1], means[4 * w], means[4 * w + 1], f, False)
             f = _mma16(mean[2], mean[2], mean[3], mean[3], means[4 * w + 2], means[4 * w + 3], f, False)
-        scale_at = tl.load(row_of + 1) + (inner * 16 + g) * 2
-        zero_at = tl.load(row_of + 2) + (inner * 16 + g) * 2
-        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half_at(scale_at)) + row_sum * _half_at(zero_at)
-        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half_at(scale_at + 16)) + row_sum * _half_at(zero_at + 16)
+        scale_at = tl.load(row_of + 1) + inner * (M * 2)
+        zero_at = tl.load(row_of + 2) + inner * (M * 2)
+        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half_at(scale_at + near * 2)) + row_sum * _half_at(zero_at + near * 2)
+        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half_at(scale_at + far * 2)) + row_sum * _half_at(zero_at + far * 2)
         r0 = _transposed(_parts(r0))
         r1 = _transposed(_parts(r1))
         offset = f[0] + f[1]
@@ -187,9 +184,8 @@ def _projected_share(
         for i in tl.static_range(4):
             f = zero4
             for half in tl.static_range(2):
-                f = _mma16(
-                    back[4 * i][half], back[4 * i + 1][half], back[4 * i + 2][half], back[4 * i + 3][half], r0, r1, f, False
-                )  # fmt: skip
+                w = _reload4(back + (2 * i + half) * 512)
+                f = _mma16(w[0], w[1], w[2], w[3], r0, r1, f, False)
             for h in tl.static_range(2):
                 s = f[2 * h] + f[2 * h + 1] + offset
                 token = 16 * i + 8 * h + g
@@ -220,17 +216,15 @@ def _projected_share(
         f = zero4
         for i in tl.static_range(4):
             for half in tl.static_range(2):
-                f = _mma16(
-                    forth[4 * i][half], forth[4 * i + 1][half], forth[4 * i + 2][half], forth[4 * i + 3][half],
-                    weigh[2 * i], weigh[2 * i + 1], f, False,
-                )  # fmt: skip
+                w = _reload4(forth + (2 * i + half) * 512)
+                f = _mma16(w[0], w[1], w[2], w[3], weigh[2 * i], weigh[2 * i + 1], f, False)
         w0 = f[0] + f[1]
         w1 = f[2] + f[3]
-        scale_at = tl.load(row_of + 4) + (inner * 16 + g) * 2
-        zero_at = tl.load(row_of + 5) + (inner * 16 + g) * 2
-        shift = _sum(w0 * _half_at(zero_at) + w1 * _half_at(zero_at + 16))
-        w0 = w0 * _half_at(scale_at)
-        w1 = w1 * _half_at(scale_at + 16)
+        scale_at = tl.load(row_of + 4) + inner * (M * 2)
+        zero_at = tl.load(row_of + 5) + inner * (M * 2)
+        shift = _sum(w0 * _half_at(zero_at + near * 2) + w1 * _half_at(zero_at + far * 2))
+        w0 = w0 * _half_at(scale_at + near * 2)
+        w1 = w1 * _half_at(scale_at + far * 2)
         size = tl.maximum(_most(tl.maximum(tl.abs(w0), tl.abs(w1))), 1e-30)
         factor = REACH / size
         undo = size * (1.0 / REACH)

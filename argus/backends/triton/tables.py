@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected, Segment
+from argus.backends.triton.fragments import fragments
+from argus.backends.triton.layout import BLOCK
+from argus.backends.triton.tuning import FEW_PAGES
 
-FIELDS = 9
-"""Addresses a page: codes, scale and zero of keys, the same of values, exact marks, means of keys and of values."""
+FIELDS = 10
+"""Of a page: addresses of codes, scale and zero of keys, the same of values, exact marks, means of keys and of values; and what
+:func:`facts_of` tells of its forms."""
 NAMES = ("codes", "scale", "zero")
 COEFFICIENTS = "coefficients."
 """How the names of a projected page's coefficients begin."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """Pages of one stage that one launch answers for.
 
@@ -28,7 +32,7 @@ class Run:
     keys, values : dict of str to Tensor
         The payload of the first pages, for its dtypes and shapes.
     table : Tensor
-        ``[pages, 8]`` int64, addresses.
+        ``[pages, FIELDS]`` int64, addresses and facts.
     positions : Tensor
         ``[pages]`` int64, in tokens.
     page : int
@@ -38,7 +42,10 @@ class Run:
     exact : bool
         Whether tokens may be answered elsewhere.
     matrices : tuple of Tensor
-        Projections ``[M, P]`` float32 of keys and of values, where pages are projected.
+        Projections of keys and of values, where pages are projected, as :func:`~argus.backends.triton.fragments.fragments`
+        lays them.
+    members : tuple of Run
+        Several stages with few pages each, in one table that tells each page's form; the forms above are those of the first.
     """
 
     key_form: object
@@ -51,6 +58,7 @@ class Run:
     last: int
     exact: bool
     matrices: tuple[Tensor, ...] = ()
+    members: tuple[Run, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -59,10 +67,10 @@ class Run:
 
 
 def projection_readable(form: Projected, payload: Payload, page: int) -> bool:
-    """Whether a kernel reads projected pages: 64 tokens in 16 rows of 4-bit codes with a scale and a zero a row."""
+    """Whether a kernel reads projected pages: 64 tokens in 16, 8 or 4 rows of 4-bit codes with a scale and a zero a row."""
     inner, dim = form.inner, payload["mean"].shape[-1]
     known = isinstance(inner, Affine) and inner == Affine(4, "token", inner.group) and inner.group in (None, dim)
-    return known and (page, page // form.ratio) == (64, 16) and dim % 64 == 0
+    return known and page == 64 and form.ratio in (4, 8, 16) and dim % 64 == 0
 
 
 def readable(segment: Segment) -> bool:
@@ -107,8 +115,8 @@ def parts_of(payload: Payload) -> Payload:
     return {name.removeprefix(COEFFICIENTS): tensor for name, tensor in payload.items()}
 
 
-def addresses(segments: Sequence[Segment]) -> Tensor:
-    """``[pages, FIELDS]`` int64: where each page's tensors begin, 0 where it has none."""
+def addresses(segments: Sequence[Segment], facts: int) -> Tensor:
+    """``[pages, FIELDS]`` int64: where each page's tensors begin, 0 where it has none, and `facts`."""
     starts, steps = [], []
     for segment in segments:
         kept = [payload.get(name) for payload in (parts_of(segment.keys), parts_of(segment.values)) for name in NAMES]
@@ -118,10 +126,52 @@ def addresses(segments: Sequence[Segment]) -> Tensor:
     counts = torch.tensor([len(segment.positions) for segment in segments])
     number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     first, step = (torch.tensor(x).repeat_interleave(counts, 0) for x in (starts, steps))
-    return first + step * number.unsqueeze(-1)
+    places = first + step * number.unsqueeze(-1)
+    return torch.cat([places, torch.full((len(places), 1), facts)], 1)
 
 
-def make_run(segments: Sequence[Segment]) -> Run:
+Lay = Callable[[Projected, bool, Segment], Tensor]
+"""Lays the projection of keys (back to tokens) or of values (forth) for lanes."""
+
+
+def lay(form: Projected, back: bool, like: Segment) -> Tensor:
+    """The projection of `form` for pages as those of `like`."""
+    return fragments(form.matrix(like.page_size, like.positions), float(form.ratio) if form.unbiased else 1.0, back)
+
+
+def facts_of(key_form: object, value_form: object, page: int) -> int:
+    """What the kernel for codes of any width is told of a page; 0 where it does not read it.
+
+    Bits of keys, bits of values (8 bits each), whether either is signed (a bit each), blocks of 64 tokens that share a scale.
+    """
+    if not (isinstance(key_form, Affine) and isinstance(value_form, Affine)):
+        return 0
+    widths = {key_form.bits, value_form.bits} <= {1, 2, 4, 8}
+    if not widths or page % BLOCK or (key_form.group or page) % BLOCK:
+        return 0
+    if (key_form.axis, value_form.axis, value_form.group) != ("channel", "token", None):
+        return 0
+    signs = key_form.symmetric | value_form.symmetric << 1
+    return key_form.bits | value_form.bits << 8 | signs << 16 | (key_form.group or page) // BLOCK << 18
+
+
+def mix(runs: Sequence[Run]) -> list[Run]:
+    """Put stages that have few pages each into one run, where there are several, for the kernel that reads codes of any width."""
+    few = [run for run in runs if run.pages <= FEW_PAGES and facts_of(run.key_form, run.value_form, run.page)]
+    few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0 and run.exact == few[0].exact]
+    if len(few) < 2:
+        return list(runs)
+    joint = replace(
+        few[0],
+        table=torch.cat([run.table for run in few]),
+        positions=torch.cat([run.positions for run in few]),
+        last=max(run.last for run in few),
+        members=tuple(few),
+    )
+    return [joint, *(run for run in runs if run not in joint.members)]
+
+
+def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
     """The table of segments of one stage."""
     first = segments[0]
     key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
@@ -130,12 +180,12 @@ def make_run(segments: Sequence[Segment]) -> Run:
         value_form=value_form,
         keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
         values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
-        table=addresses(segments).to(first.positions.device),
+        table=addresses(segments, facts_of(key_form, value_form, first.page_size)).to(first.positions.device),
         positions=torch.cat([segment.positions for segment in segments]).to(torch.int64),
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
-        matrices=tuple(f.matrix(first.page_size, first.positions) for f in (key_form, value_form) if isinstance(f, Projected)),
+        matrices=tuple(laid(f, back, first) for f, back in ((key_form, True), (value_form, False)) if isinstance(f, Projected)),
     )
 
 
@@ -147,7 +197,7 @@ class Pages:
     others: tuple[int, ...]
 
 
-def sort(segments: Sequence[Segment]) -> Pages:
+def sort(segments: Sequence[Segment], laid: Lay = lay) -> Pages:
     """Gather the segments of each stage; segments that no kernel reads are told by their place."""
     groups: list[list[Segment]] = []
     others = []
@@ -158,7 +208,7 @@ def sort(segments: Sequence[Segment]) -> Pages:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return Pages(tuple(make_run(group) for group in groups), tuple(others))
+    return Pages(tuple(mix([make_run(group, laid) for group in groups])), tuple(others))
 
 
 class Tables:
@@ -166,6 +216,7 @@ class Tables:
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[tuple[weakref.ref[Segment], ...], Pages]] = {}
+        self._laid: dict[tuple[Projected, bool, int, torch.device], Tensor] = {}
 
     def of(self, segments: Sequence[Segment]) -> Pages:
         """The tables of `segments`, made anew only when they are not those of the last time."""
@@ -177,11 +228,19 @@ class Tables:
             refs, pages = kept
             if all(ref() is segment for ref, segment in zip(refs, segments, strict=True)):
                 return pages
-        pages = sort(segments)
+        pages = sort(segments, self._lay)
         forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
         self._held[key] = ((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
         return pages
 
+    def _lay(self, form: Projected, back: bool, like: Segment) -> Tensor:
+        key = (form, back, like.page_size, like.positions.device)
+        if key not in self._laid:
+            self._laid[key] = lay(form, back, like)
+        return self._laid[key]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [tensor for _, pages in self._held.values() for run in pages.runs for tensor in (run.table, run.positions)]
+        runs = [run for _, pages in self._held.values() for joint in pages.runs for run in (joint, *joint.members)]
+        held = [tensor for run in runs for tensor in (run.table, run.positions)]
+        return [*held, *self._laid.values()]

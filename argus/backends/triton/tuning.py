@@ -6,18 +6,21 @@ Those of the fused kernel were measured on one H200: a multiprocessor's quarter 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from heapq import heapify, heappop, heapreplace
 from typing import Any
 
 import torch
 
 FEWEST, LEAST = 160, 1.5
 """Programs a head that are used however little there is to do, and the least work of one beyond these, as below."""
+FEW_PAGES = 8
+"""Pages of a stage up to which the size of its kernel counts, not its speed: every processor fetches all code that it runs."""
 SIXTEENS = 8
 """Warps of the fused kernel a multiprocessor where all tokens have 16 bits: bytes bind, and more of them are slower."""
-PROJECTED, SIXTEEN, EIGHT, DENSE = 0.9, 2.2, 1.8, 1.2
-"""Time that a unit takes of projected pages, of pages of 16-bit tokens and of E4M3 codes, and of 16-bit tokens in a row, in
-that of 64 tokens of 2-bit codes. They only divide work."""
+PROJECTED, SIXTEEN, EIGHT, DENSE, FEW = 0.9, 1.1, 0.9, 1.2, 1.5
+"""Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, and
+of codes of any width, in that of 64 tokens of 2-bit codes. They only divide work."""
 
 
 def codec_warps(numbers: int) -> int:
@@ -47,9 +50,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def half_tiles(dim: int) -> int:
-    """Tiles of 16 tokens that the 16-bit kernel takes at once."""
-    return 1 if dim > 128 else 2
+def half_tiles(dim: int, pages: int) -> int:
+    """Tiles of 16 tokens that the 16-bit kernel takes at once: one where there is little to read, which takes less code."""
+    return 1 if dim > 128 or pages <= FEW_PAGES else 2
 
 
 def few(key_bits: int, value_bits: int, dim: int) -> bool:
@@ -86,16 +89,43 @@ def resident(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int:
     return 12 if held is None else 16384 // (32 * held) * 4
 
 
-def divide(units: Sequence[int], costs: Sequence[float], room: int) -> list[int]:
-    """Programs for each part: `room` of them shared out by work, at least one each and none without a unit of work.
+@lru_cache(maxsize=1024)
+def divide(units: tuple[int, ...], costs: tuple[float, ...], room: int) -> tuple[tuple[int, int], ...]:
+    """The first program of each part and how many it has: `room` of them shared out by work.
 
-    Where there is little work there are fewer, since each answer is one more to merge. The largest part gives way, so that
-    all programs run at once where they can.
+    A part has at most as many as it has units. Parts with less work than a program's share sit together in one. The others
+    get one program after another, each to the part whose programs have most to do. Where there is little work in all, there
+    are fewer programs than `room`, since each answer is one more to merge.
     """
     work = [count * cost for count, cost in zip(units, costs, strict=True)]
     room = min(room, max(FEWEST, int(sum(work) / LEAST)))
-    counts = [max(1, min(count, int(room * one / sum(work)))) for count, one in zip(units, work, strict=True)]
-    if counts:
-        largest = work.index(max(work))
-        counts[largest] = max(1, min(units[largest], room - sum(counts) + counts[largest]))
-    return counts
+    share = sum(work) / room * (1 + 1e-9)
+    placed: dict[int, tuple[int, int]] = {}
+    loads: list[float] = []
+    large = []
+    for part, one in enumerate(work):
+        if one > share:
+            large.append(part)
+            continue
+        program = next((number for number, load in enumerate(loads) if load + one <= share), len(loads))
+        if program == len(loads):
+            loads.append(0.0)
+        loads[program] += one
+        placed[part] = (program, 1)
+    counts = dict.fromkeys(large, 1)
+    busiest = [(-work[part], part) for part in large if units[part] > 1]
+    heapify(busiest)
+    for _ in range(room - len(loads) - len(large)):
+        if not busiest:
+            break
+        part = busiest[0][1]
+        counts[part] += 1
+        if counts[part] == units[part]:
+            heappop(busiest)
+        else:
+            heapreplace(busiest, (-work[part] / counts[part], part))
+    first = len(loads)
+    for part in large:
+        placed[part] = (first, counts[part])
+        first += counts[part]
+    return tuple(placed[part] for part in range(len(units)))

@@ -1,0 +1,169 @@
+"""Decode attention on integer tensor cores for pages of different widths: few pages, so little code counts, not time.
+
+What ``codes.py`` does, 32 tokens at a time and with each page's bits read from the table: codes of 1, 2, 4 and 8 bits in
+fragment order, keys with scales a channel and values with scales a token. Signed codes are read as unsigned, 128 too large.
+Lane ``4 g + t`` answers row ``t`` for tokens ``8 g + 4 s`` to ``8 g + 4 s + 3`` of half ``s`` of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from argus.backends.triton.codes import _fold, _quarters
+from argus.backends.triton.lanes import (
+    LOG2E,
+    REACH,
+    _base2,
+    _bits,
+    _bytes,
+    _from_lane,
+    _load1,
+    _mma,
+    _most,
+    _store1,
+    _sum,
+    _transposed,
+)
+
+
+@triton.jit
+def _word_of(base, number, bits, flip):
+    """Four codes in the low bits of their bytes: word `number` of a block, codes of `bits` bits."""
+    bit = number * bits
+    stored = bit >> 3
+    word = _load1(base + (stored >> 2) * 512 + (stored & 3) * 4) >> (bit & 7)
+    return (word & (((1 << bits) - 1) * 0x01010101)) ^ flip
+
+
+@triton.jit
+def _operand_of(base, first, bits, flip):
+    """Words `first` to `first + 3`: an A operand."""
+    return (
+        _word_of(base, first, bits, flip), _word_of(base, first + 1, bits, flip),
+        _word_of(base, first + 2, bits, flip), _word_of(base, first + 3, bits, flip),
+    )  # fmt: skip
+
+
+@triton.jit
+def _few_share(
+    q_ptr, run, at, where, mask, lowest, cap, begin, end,
+    P: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Answer four rows of one head for units `begin` to `end` of 32 tokens.
+
+    run: table and positions of pages; at: where average and log-sum-exp go; where: head, first row, rows.
+    """
+    inner = where[0]
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    part = g % 2
+    row = where[1] + t
+    # Rows beyond the last repeat it; nothing of them is stored.
+    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
+    q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
+    m = tl.full((32,), float("-inf"), tl.float32)
+    total = tl.zeros((32,), tl.float32)
+    offset_total = tl.zeros((32,), tl.float32)
+    acc = ()
+    for i in tl.static_range(D // 8):
+        acc = acc + (tl.zeros((32,), tl.float32),)
+    zero4 = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
+    PER_PAGE: tl.constexpr = P // 64
+    for unit in range(begin, end):
+        page = unit // (2 * PER_PAGE)
+        block = unit // 2 % PER_PAGE
+        half = unit % 2
+        row_of = run[0] + page * FIELDS
+        facts = tl.load(row_of + 9).to(tl.int32)
+        k_bits = facts & 255
+        v_bits = (facts >> 8) & 255
+        k_signed = (facts >> 16) & 1
+        v_signed = (facts >> 17) & 1
+        k_group = facts >> 18
+        k_flip = tl.where(k_signed == 1, 0x80808080 - (1 << 32), 0).to(tl.int32)
+        v_flip = tl.where(v_signed == 1, 0x80808080 - (1 << 32), 0).to(tl.int32)
+        place = inner * PER_PAGE + block
+        keys = tl.load(row_of) + place * (8 * D * k_bits) + lane * 16
+        values = tl.load(row_of + 3) + place * (8 * D * v_bits) + lane * 16
+        token = inner * P + block * 64 + g * 8 + half * 4
+        scale_at = tl.load(row_of + 4)
+        scale = _quarters(scale_at + token * 2)
+        zero = _quarters(tl.where(v_signed == 1, scale_at, tl.load(row_of + 5)) + token * 2)
+        channel_at = ((inner * (PER_PAGE // k_group) + block // k_group) * D + t * (D // 4) + part * 4) * 2
+        k_scale = tl.load(row_of + 1)
+        k_zero = tl.where(k_signed == 1, k_scale, tl.load(row_of + 2))
+        b, unscale, offset = _fold(q_at, k_scale + channel_at, k_zero + channel_at, k_signed == 1, part, D, False, True)
+        # Column 2 t holds the high part of row t: its facts lie in the lanes of column 2 t.
+        if not CAPPED:
+            unscale *= LOG2E
+            offset *= LOG2E
+        unscale = _from_lane(unscale, t * 8)
+        offset = _from_lane(offset, t * 8)
+        x = ()
+        for i in tl.static_range(2):
+            c = zero4
+            for s in tl.static_range(D // 32):
+                a = _operand_of(keys, half * (D // 4) + i * (D // 8) + 4 * s, k_bits, k_flip)
+                c = _mma(a, b[2 * s], b[2 * s + 1], c, False)
+            x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
+        if EXACT:
+            marks = _load1(tl.load(row_of + 6) + token)
+        if MASK:
+            mask_at = mask[0] + (tl.load(run[1] + page) + block * 64 + g * 8 + half * 4) * mask[1]
+        scores = ()
+        best = m
+        for i in tl.static_range(4):
+            s = x[i] * unscale + offset
+            if CAPPED:
+                s = _base2(s, cap, True)
+            if MASK == 1:
+                s = tl.where(tl.load(mask_at + i * mask[1]) != 0, s, float("-inf"))
+            elif MASK == 2:
+                more = tl.load(mask_at + i * mask[1]).to(tl.float32)
+                s = tl.where(more > lowest, s + more * LOG2E, float("-inf"))
+            if EXACT:
+                s = tl.where((marks >> (i * 8)) & 255 != 0, float("-inf"), s)
+            best = tl.maximum(best, s)
+            scores = scores + (s,)
+        best = _most(best)
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        keep = tl.exp2(m - safe)
+        m = best
+        total = total * keep
+        offset_total = offset_total * keep
+        weights = ()
+        size = tl.zeros((32,), tl.float32)
+        for i in tl.static_range(4):
+            p = tl.exp2(scores[i] - safe)
+            total += p
+            offset_total += p * tl.where(v_signed == 1, scale[i] * -128.0, zero[i])
+            w = p * scale[i]
+            size = tl.maximum(size, w)
+            weights = weights + (w,)
+        size = tl.maximum(_most(size), 1e-30)
+        inverse = REACH / size
+        unscale = size * (1.0 / REACH)
+        weigh = ()
+        for j in tl.static_range(2):
+            pair = _bytes(
+                _bits(weights[2 * j] * inverse), _bits(weights[2 * j + 1] * inverse), tl.full((32,), 0x4051, tl.int32)
+            )
+            weigh = weigh + (_transposed(pair ^ (0x80800000 - (1 << 32))),)
+        new = ()
+        for i in tl.static_range(D // 16):
+            o = _mma(_operand_of(values, 8 * i + 4 * half, v_bits, v_flip), weigh[0], weigh[1], zero4, False)
+            new = new + (
+                acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * unscale,
+                acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,
+            )
+        acc = new
+    total = _sum(total)
+    offset_total = _sum(offset_total)
+    safe = tl.where(total > 0.0, total, 1.0)
+    shown = row < where[2]
+    to = at[0].to(tl.int64) + (row * D + g) * 4
+    for i in tl.static_range(D // 8):
+        _store1(to + i * 32, (acc[i] + offset_total) / safe, shown)
+    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=shown & (g == 0))
