@@ -28,6 +28,8 @@ def inline_asm(
         words = np.stack([np.frombuffer(ctypes.string_at(int(at), 4 * width), np.int32) for at in arrays[0]])
         assert all(int(at) % (4 * width) == 0 for at in arrays[0])
         results = [words[:, i] for i in range(width)]
+    elif name == "prefetch.global.L2":
+        results = [np.zeros(32, np.int32)]
     elif name == "prmt.b32":
         results = [prmt(*arrays)]
     elif name.startswith("shfl.sync.bfly"):
@@ -48,6 +50,9 @@ def inline_asm(
             numbers = np.array([x[lane] for x in arrays[1:-1]], np.float32)
             ctypes.memmove(int(arrays[0][lane]), numbers.ctypes.data, numbers.nbytes)
         results = [np.zeros(32, np.int32)]
+    elif "cvt.f32.f16" in asm:
+        halves = np.ascontiguousarray(arrays[0].astype(np.int32)).view(np.float16).reshape(32, 2)
+        results = [halves[:, i].astype(np.float32) for i in range(2)]
     elif "cvt.rn.f16x2.e4m3x2" in asm:
         results = e4m3(arrays[0])
     elif name == "mul.rn.f16x2":

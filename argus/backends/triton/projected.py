@@ -18,6 +18,7 @@ from argus.backends.triton.lanes import (
     _base2,
     _bits,
     _bytes,
+    _fetch,
     _halves,
     _load1,
     _load2,
@@ -164,6 +165,11 @@ def _projected_share(
         v1 = _words(codes + (2 * t + 8) * (D // 2), VW) if M > 8 else v0
         v3 = _words(codes + (2 * t + 9) * (D // 2), VW) if M > 8 else v2
         mean_at = tl.load(row_of + 7) + inner * (2 * D) + t * 16
+        # An eighth of the next page's codes a lane, first of keys, then of values; then their means.
+        next_of = table_ptr + tl.minimum(page + 1, end - 1) * FIELDS
+        next_codes = tl.where(lane < 8, tl.load(next_of), tl.load(next_of + 3)) + inner * (M * D // 2) + lane % 8 * (M * D // 16)
+        next_mean = tl.where(lane < 24, tl.load(next_of + 7), tl.load(next_of + 8)) + inner * (2 * D) + lane % 4 * (D // 2)
+        _fetch(tl.where(lane < 16, next_codes, next_mean))
         c = none4
         f = zero4
         for w in tl.static_range(KW):
