@@ -44,13 +44,18 @@ class StageConfig(OpenOptions):
 
 
 class LadderConfig(Strict):
-    """Pages, window and ladder. Sizes are in tokens."""
+    """Pages, window and ladder. Sizes are in tokens.
+
+    ``encode``: a page is encoded from what its present stage keeps, on leaving the window straight for its stage (``once``),
+    or through every stage on its way (``cascade``, for comparison).
+    """
 
     page_size: PositiveInt = 64
     window: PositiveInt = 64
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     block_pages: PositiveInt = 32
     allow_growth: bool = False
+    encode: Literal["once", "cascade"] = "once"
     order: tuple[str, ...]
     stages: dict[str, StageConfig]
 
