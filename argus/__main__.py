@@ -13,6 +13,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from argus.errors import ArgusError
@@ -34,14 +35,20 @@ def add_config_paths(paths: Sequence[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://argus.conf", config_name="config")
 def job(composed: DictConfig) -> None:
-    """One run of one composed config."""
+    """One run of one composed config; a sweep's run that its folder has a report of already is not run again."""
     from argus.config import RunConfig, validate
     from argus.runner import execute
+    from argus.sweep import is_done
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
     data: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     with one_line():
-        execute(validate(RunConfig, data), folder)
+        config = validate(RunConfig, data)
+        if settings.mode == RunMode.MULTIRUN and is_done(folder, config):
+            print(f"argus: {folder} has the report of this run already", file=sys.stderr, flush=True)
+            return
+        execute(config, folder)
 
 
 class one_line:  # noqa: N801

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from argus.config import RunConfig
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, number, terminal
+from argus.report import NAME, SCHEMA, number, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
 COLUMNS = (
@@ -54,6 +56,35 @@ class Line:
     spreads: dict[str, float]
 
 
+def is_done(folder: Path, config: RunConfig) -> bool:
+    """Whether `folder` has a whole report of a run of just this config.
+
+    A report is written last, whole or not at all, with the run's whole config: a run that was cut off has none, and one of
+    other overrides, or of a file under conf/ that has changed since, has another config.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return False
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json()))
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Reports of the folder's last sweep, in order; those that an earlier, longer one left are named and left out.
+
+    Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not.
+    """
+    paths = sorted(folder.glob(f"*/{NAME}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    start = folder / "multirun.yaml"
+    begun = start.stat().st_mtime_ns if start.exists() else 0
+    listed = {path: path.parent / ".hydra" / "overrides.yaml" for path in paths}
+    old = [path for path in paths if listed[path].exists() and listed[path].stat().st_mtime_ns < begun]
+    if old:
+        names = ", ".join(path.parent.name for path in old)
+        print(f"argus: left out, runs of an earlier sweep in {folder}: {names}", file=sys.stderr, flush=True)
+    return [path for path in paths if path not in old]
+
+
 def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """Every run of a sweep: its overrides and its report.
 
@@ -63,7 +94,7 @@ def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
         If there is none.
     """
     found = []
-    for path in sorted(folder.glob(f"*/{NAME}"), key=lambda path: (len(path.parent.name), path.parent.name)):
+    for path in runs_of(folder):
         listed = path.parent / ".hydra" / "overrides.yaml"
         kept = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [f"- {path.parent.name}"]
         words = [line[2:] for line in kept if line.startswith("- ")]

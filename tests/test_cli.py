@@ -139,6 +139,27 @@ def test_sweep(model, tmp_path):
         assert json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_a_sweep_goes_on_where_it_stopped(model, tmp_path):
+    """What has its report is not run again; what is missing, cut off or of other overrides is; the table has all of it."""
+    words = ["task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
+    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
+    argus("-m", "tiers=int8,int4", *words, cwd=tmp_path)
+    paths = [tmp_path / "out" / str(number) / "report.json" for number in (0, 1)]
+    kept = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    again = argus("-m", "tiers=int8,int4", *words, cwd=tmp_path)
+    assert "out/0 has the report of this run already" in again.stderr
+    assert "out/1 has" not in again.stderr
+    assert paths[0].read_bytes() == kept[0]
+    assert json.loads(paths[1].read_bytes())["config"] == json.loads(kept[1])["config"]
+    assert [sum(name in line for line in again.stdout.splitlines()) for name in ("tiers=int8", "tiers=int4")] == [2, 2]
+    other = argus("-m", "tiers=int4", *words, cwd=tmp_path)
+    assert "already" not in other.stderr
+    assert json.loads(paths[0].read_bytes())["config"]["tiers"]["order"] == ["int4"]
+    assert "left out, runs of an earlier sweep in out: 1" in other.stderr
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_bytes())) == 1
+
+
 def test_a_missing_model(tmp_path):
     """One line on stderr that says what is allowed, exit code 2, and nothing is left behind."""
     done = argus("model=hf", "model.id=./nowhere", cwd=tmp_path, code=2)
