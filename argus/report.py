@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -44,11 +46,18 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def command() -> str:
+    """What repeats this run: the words that were given, or in a sweep the run's own."""
+    swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    words = HydraConfig.get().overrides.task if swept else sys.argv[1:]
+    return " ".join(["python -m argus", *words])
+
+
 def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
     """The report as ``report.json`` holds it."""
     return {
         "schema": SCHEMA,
-        "command": " ".join(["python -m argus", *sys.argv[1:]]),
+        "command": command(),
         "versions": versions(),
         "device": device_name(run.device),
         "backend": run.plan.backend.name,

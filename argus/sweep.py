@@ -28,6 +28,7 @@ COLUMNS = (
     ("KL", "kl", ".4f"),
     ("decode/s", "decode_tokens_per_s", ".1f"),
 )
+OVERRIDES = Path(".hydra") / "overrides.yaml"
 FIGURES = tuple(key for _, key, _ in COLUMNS)
 
 
@@ -57,51 +58,40 @@ class Line:
 
 
 def is_done(folder: Path, config: RunConfig) -> bool:
-    """Whether `folder` has a whole report of a run of just this config.
+    """Whether `folder` has the report of a run of just this config; a report of another one is removed.
 
-    A report is written last, whole or not at all, with the run's whole config: a run that was cut off has none, and one of
+    A report is written last, whole or not at all, and holds the whole config: a run that was cut off has none, and one of
     other overrides, or of a file under conf/ that has changed since, has another config.
     """
     path = folder / NAME
     if not path.exists():
         return False
     report = json.loads(path.read_text(encoding="utf-8"))
-    return (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json()))
+    if (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json())):
+        return True
+    path.unlink()
+    return False
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """Reports of the folder's last sweep, in order; those that an earlier, longer one left are named and left out.
+    """Folders of the runs of the last sweep in `folder`, in order; what an earlier, longer one left there is named.
 
     Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not.
     """
-    paths = sorted(folder.glob(f"*/{NAME}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    start = folder / "multirun.yaml"
-    begun = start.stat().st_mtime_ns if start.exists() else 0
-    listed = {path: path.parent / ".hydra" / "overrides.yaml" for path in paths}
-    old = [path for path in paths if listed[path].exists() and listed[path].stat().st_mtime_ns < begun]
+    begun = (folder / "multirun.yaml").stat().st_mtime_ns if (folder / "multirun.yaml").exists() else 0
+    started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"*/{OVERRIDES}")}
+    runs = sorted(started, key=lambda run: (len(run.name), run.name))
+    old = [run.name for run in runs if started[run] < begun and (run / NAME).exists()]
     if old:
-        names = ", ".join(path.parent.name for path in old)
-        print(f"argus: left out, runs of an earlier sweep in {folder}: {names}", file=sys.stderr, flush=True)
-    return [path for path in paths if path not in old]
+        print(f"argus: left out, runs of an earlier sweep in {folder}: {', '.join(old)}", file=sys.stderr, flush=True)
+    return [run for run in runs if started[run] >= begun]
 
 
-def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Every run of a sweep: its overrides and its report.
-
-    Raises
-    ------
-    ArgusError
-        If there is none.
-    """
-    found = []
-    for path in runs_of(folder):
-        listed = path.parent / ".hydra" / "overrides.yaml"
-        kept = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [f"- {path.parent.name}"]
-        words = [line[2:] for line in kept if line.startswith("- ")]
-        found.append((" ".join(words), json.loads(path.read_text(encoding="utf-8"))))
-    if not found:
-        raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
-    return found
+def read(run: Path) -> tuple[str, Mapping[str, Any]]:
+    """A run's overrides and its report."""
+    listed = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
+    words = [line[2:] for line in listed if line.startswith("- ")]
+    return " ".join(words), json.loads((run / NAME).read_text(encoding="utf-8"))
 
 
 def distinguish(names: Sequence[str]) -> list[str]:
@@ -157,8 +147,18 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def summarize(folder: Path) -> None:
-    """Print the table of a sweep; write ``sweep.json``, ``sweep.md`` and ``pareto.png`` into its folder."""
-    found = lines(read(folder))
+    """Print the table of a sweep; write ``sweep.json``, ``sweep.md`` and ``pareto.png`` into its folder.
+
+    Raises
+    ------
+    ArgusError
+        If a run wrote no report, after the table of those that did.
+    """
+    runs = runs_of(folder)
+    done = [run for run in runs if (run / NAME).exists()]
+    if not done:
+        raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
+    found = lines([read(run) for run in done])
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best = [False] * len(found)
     if quality is not None:
@@ -184,6 +184,9 @@ def summarize(folder: Path) -> None:
     console = terminal()
     console.print(table)
     console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True, markup=False)
+    failed = [run.name for run in runs if run not in done]
+    if failed:
+        raise ArgusError(f"{NAME} is missing of runs {', '.join(failed)} in {folder}; the same command runs only these again")
 
 
 def cell(line: Line, key: str, form: str) -> str:

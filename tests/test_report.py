@@ -202,16 +202,28 @@ def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
 
 def test_ten_runs_stay_in_order(tmp_path):
     sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(12)])
-    assert [name for name, _ in sweep.read(tmp_path)] == [f"seed={i}" for i in range(12)]
+    assert [sweep.read(run)[0] for run in sweep.runs_of(tmp_path)] == [f"seed={i}" for i in range(12)]
+
+
+def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
+    sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(3)])
+    (tmp_path / "1" / "report.json").unlink()
+    with pytest.raises(ArgusError, match=r"report.json is missing of runs 1 in .*; the same command runs only these again"):
+        summarize(tmp_path)
+    assert "0.0456" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
 
 
 def test_a_run_is_done_if_its_report_is_of_the_same_config(run):
     assert not sweep.is_done(run.folder, run.config)
     report.Reporter().end(run, ROWS)
     assert sweep.is_done(run.folder, run.config)
+    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     for words in (["tiers=int2"], ["tiers=int4", "seed=1"], ["tiers=int4", "task.context=100", "task=perplexity"]):
         assert not sweep.is_done(run.folder, validate(RunConfig, compose(words)))
-    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+        assert not (run.folder / "report.json").exists()
+        report.write(run.folder / "report.json", kept)
+    assert sweep.is_done(run.folder, run.config)
     report.write(run.folder / "report.json", kept | {"schema": 0})
     assert not sweep.is_done(run.folder, run.config)
 
@@ -222,7 +234,7 @@ def test_runs_of_an_earlier_sweep_are_left_out_and_named(tmp_path, capsys):
     for number, seconds in ((0, 30), (1, 20), (2, 10)):
         os.utime(tmp_path / str(number) / ".hydra" / "overrides.yaml", (seconds, seconds))
     os.utime(tmp_path / "multirun.yaml", (20, 20))
-    assert [name for name, _ in sweep.read(tmp_path)] == ["seed=0", "seed=1"]
+    assert [run.name for run in sweep.runs_of(tmp_path)] == ["0", "1"]
     assert capsys.readouterr().err == f"argus: left out, runs of an earlier sweep in {tmp_path}: 2\n"
 
 

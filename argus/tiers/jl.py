@@ -42,8 +42,8 @@ def projection(page_size: int, rows: int, seed: int) -> Tensor:
 class Jl(Tier):
     """``x = mean + W^T c`` with ``c = W (x - mean)``: the page's mean is kept apart, or the archive is worse than nothing.
 
-    Payload: ``mean`` float16 ``[n, B, H, D]`` (with ``centre``); ``coefficients.*`` as the tier that keeps them names them, for pages of
-    ``P / ratio`` rows.
+    Payload: ``mean`` float16 ``[n, B, H, D]`` (with ``centre``); ``coefficients.*`` as the tier that keeps them names them,
+    for pages of ``P / ratio`` rows.
     """
 
     Config = JlConfig
