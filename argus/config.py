@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from argus.errors import ConfigError
 from argus.plugins import config_paths
@@ -81,6 +81,13 @@ class PolicyChoice(OpenOptions):
     policy: str
 
 
+class Budget(Strict):
+    """Measured bits a value that a cache of ``context`` tokens stays within; null: its stages are as large as they say."""
+
+    bits: PositiveFloat | None = None
+    context: PositiveInt = 2048
+
+
 class CacheConfig(Strict):
     """Everything that makes an ARGUS cache."""
 
@@ -89,6 +96,7 @@ class CacheConfig(Strict):
     outliers: PolicyChoice
     anchors: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     backend: str = "auto"
+    budget: Budget = Field(default_factory=Budget)
 
 
 class ModelConfig(Strict):

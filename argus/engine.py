@@ -13,6 +13,7 @@ from argus.attention import Query
 from argus.backends.base import Backend, Dense, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
+from argus.ledger import Match
 from argus.pages import Pool, Slab, Window
 from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts
 from argus.tiers.base import ROLES, Role, Tier, gate
@@ -52,6 +53,8 @@ class Plan:
         The ladder, in order.
     cascade : bool
         Whether a page is encoded by every stage on its way, not only by the one it goes to.
+    match : Match or None
+        How a byte budget was met, where there is one.
     """
 
     page_size: int
@@ -64,6 +67,7 @@ class Plan:
     outliers: Outliers
     backend: Backend
     cascade: bool = False
+    match: Match | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         return self

@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from argus import __version__
 from argus.hookspecs import hookimpl
+from argus.ledger import Match
 from argus.tasks.base import Row, Run, RunEvents
 
 SCHEMA = 1
@@ -62,6 +64,7 @@ def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
         "device": device_name(run.device),
         "backend": run.plan.backend.name,
         "config": run.config.model_dump(mode="json"),
+        "budget": None if run.plan.match is None else asdict(run.plan.match),
         "skipped": dict(run.skipped),
         "rows": list(rows),
     }
@@ -194,6 +197,13 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=100)
 
 
+def budget_line(match: Match) -> str:
+    """How a byte budget was met, in one line."""
+    pages = ", ".join(f"{name} {count}" for name, count in match.pages.items())
+    bits = f"{match.reached:.3f} reached, a step more takes {match.next:.3f}"
+    return f"budget of {match.asked:g} bits at {match.context} tokens: {bits}; pages: {pages}"
+
+
 class Reporter(RunEvents):
     """Prints the table and writes ``report.json`` when a run ends."""
 
@@ -201,6 +211,8 @@ class Reporter(RunEvents):
         write(run.folder / NAME, document(run, rows))
         console = terminal()
         console.print(table(rows))
+        if run.plan.match is not None:
+            console.print(budget_line(run.plan.match), soft_wrap=True)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ import torch
 from argus import report, sweep
 from argus.config import RunConfig, compose, validate
 from argus.errors import ArgusError
+from argus.ledger import Match
 from argus.sweep import distinguish, figures, summarize, undominated
 from argus.tasks.generate import distinct
 from argus.tasks.steps import Clock, Scores
@@ -35,7 +36,7 @@ ROWS = [
 @pytest.fixture
 def run(tmp_path):
     config = validate(RunConfig, compose(["tiers=int4"]))
-    plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"))
+    plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"), match=None)
     return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path, skipped={})
 
 
@@ -212,6 +213,16 @@ def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
         summarize(tmp_path)
     assert "0.0456" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+def test_how_a_budget_was_met_is_in_the_report(run, capsys):
+    pages, sizes = {"int4": 7, "jl": 20}, {"int4": 448, "jl": None}
+    run.plan.match = Match(3.0, 2048, reached=2.97, next=3.03, pages=pages, capacities=sizes, aging={})
+    report.Reporter().end(run, ROWS)
+    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["budget"]
+    assert (kept["asked"], kept["reached"], kept["pages"], kept["capacities"]) == (3.0, 2.97, pages, sizes)
+    line = "budget of 3 bits at 2048 tokens: 2.970 reached, a step more takes 3.030; pages: int4 7, jl 20"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_run_is_done_if_its_report_is_of_the_same_config(run):
