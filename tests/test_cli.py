@@ -14,6 +14,7 @@ import transformers
 
 from argus.__main__ import main
 from argus.config import RunConfig
+from argus.models import publish
 from argus.tasks.steps import prose
 from tests.models import SMALL, tiny
 
@@ -188,6 +189,18 @@ def test_a_launcher_that_is_not_installed(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("argus: launcher 'joblib' is not installed; pip install hydra-joblib-launcher")
     assert shown.count("\n") == 1
+
+
+def test_two_runs_may_convert_the_embedded_model_at_once(tmp_path):
+    """The second one finds it there; what cannot be written is said."""
+    first, second, target = (tmp_path / name for name in ("first", "second", "target"))
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+        publish(folder, target)
+    assert (target / "config.json").read_text() == "first"
+    with pytest.raises(FileNotFoundError):
+        publish(second, tmp_path / "nowhere" / "target")
 
 
 def test_a_missing_model(tmp_path):
