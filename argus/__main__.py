@@ -13,6 +13,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from argus.errors import ArgusError
@@ -34,25 +35,37 @@ def add_config_paths(paths: Sequence[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://argus.conf", config_name="config")
 def job(composed: DictConfig) -> None:
-    """One run of one composed config."""
+    """One run of one composed config. In a sweep a run that is done is not run again, and one that fails stops no other."""
     from argus.config import RunConfig, validate
     from argus.runner import execute
+    from argus.sweep import is_done
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    settings = HydraConfig.get()
+    folder, sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
     data: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    with one_line():
-        execute(validate(RunConfig, data), folder)
+    with one_line(stop=not sweep):
+        config = validate(RunConfig, data)
+        if sweep and is_done(folder, config):
+            print(f"argus: {folder} has the report of this run already", file=sys.stderr, flush=True)
+        else:
+            execute(config, folder)
 
 
 class one_line:  # noqa: N801
-    """End the program with one line on stderr where ARGUS raises on purpose."""
+    """Print one line on stderr where ARGUS raises on purpose, and end the program there if it is to `stop`."""
+
+    def __init__(self, stop: bool = True) -> None:
+        self.stop = stop
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ArgusError):
-            print(f"argus: {' '.join(str(error).split())}", file=sys.stderr)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, ArgusError):
+            return False
+        print(f"argus: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if self.stop:
             raise SystemExit(FAILED) from error
+        return True
 
 
 def main() -> None:

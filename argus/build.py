@@ -73,6 +73,7 @@ def build(
         anchors=tuple(make_anchor(name, options, anchors, text) for name, options in config.anchors.items()),
         outliers=make_policy("outliers", config.outliers, plugins.kinds(manager, "argus_outliers")),
         backend=backend,
+        cascade=ladder.encode == "cascade",
     )
 
 

@@ -9,6 +9,14 @@ from datetime import datetime
 INFORMATION = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
 VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--cfg", "-c"}
 """Flags of Hydra whose next word is no override."""
+LAUNCHERS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "ray_aws": "hydra-ray-launcher",
+}
+"""The package of each launcher that Hydra's makers give out apart."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,28 @@ def check(command: Command) -> None:
     from argus.policies.base import TextFacts
     from argus.runner import choose
 
-    words = [word for word in command.overrides if not word.startswith("hydra")]
+    check_launcher(command.overrides)
+    words = [word for word in command.overrides if not word.startswith("hydra.")]
     for overrides in combinations(words):
         config = validate(RunConfig, compose(overrides))
         head_dim = look(config.model)
         for cache in choose(config).caches.values():
             cache.check(head_dim)
         build(config.argus(), head_dim, text=TextFacts(line_ends=(0,)))
+
+
+def check_launcher(words: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` that says what to install if a launcher is asked for whose package is not there."""
+    from importlib.util import find_spec
+
+    from argus.errors import ConfigError
+
+    for word in words:
+        group, _, name = word.partition("=")
+        package = LAUNCHERS.get(name, "") if group == "hydra/launcher" else ""
+        module = f"hydra_plugins.{package.replace('-', '_')}"
+        if package and (find_spec("hydra_plugins") is None or find_spec(module) is None):
+            raise ConfigError(f"launcher '{name}' is not installed; pip install {package}, or leave {word} out")
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from argus.errors import ConfigError
 from argus.plugins import config_paths
@@ -44,13 +44,18 @@ class StageConfig(OpenOptions):
 
 
 class LadderConfig(Strict):
-    """Pages, window and ladder. Sizes are in tokens."""
+    """Pages, window and ladder. Sizes are in tokens.
+
+    ``encode``: a page is encoded from what its present stage keeps, on leaving the window straight for its stage (``once``),
+    or through every stage on its way (``cascade``, for comparison).
+    """
 
     page_size: PositiveInt = 64
     window: PositiveInt = 64
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     block_pages: PositiveInt = 32
     allow_growth: bool = False
+    encode: Literal["once", "cascade"] = "once"
     order: tuple[str, ...]
     stages: dict[str, StageConfig]
 
@@ -76,6 +81,13 @@ class PolicyChoice(OpenOptions):
     policy: str
 
 
+class Budget(Strict):
+    """Measured bits a value that a cache of ``context`` tokens stays within; null: its stages are as large as they say."""
+
+    bits: PositiveFloat | None = None
+    context: PositiveInt = 2048
+
+
 class CacheConfig(Strict):
     """Everything that makes an ARGUS cache."""
 
@@ -84,6 +96,7 @@ class CacheConfig(Strict):
     outliers: PolicyChoice
     anchors: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     backend: str = "auto"
+    budget: Budget = Field(default_factory=Budget)
 
 
 class ModelConfig(Strict):

@@ -13,6 +13,7 @@ from argus.attention import Query
 from argus.backends.base import Backend, Dense, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
+from argus.ledger import Match
 from argus.pages import Pool, Slab, Window
 from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts
 from argus.tiers.base import ROLES, Role, Tier, gate
@@ -50,6 +51,10 @@ class Plan:
         Pages handled at once: the bound on every workspace.
     stages : tuple of Stage
         The ladder, in order.
+    cascade : bool
+        Whether a page is encoded by every stage on its way, not only by the one it goes to.
+    match : Match or None
+        How a byte budget was met, where there is one.
     """
 
     page_size: int
@@ -61,6 +66,8 @@ class Plan:
     anchors: tuple[Anchors, ...]
     outliers: Outliers
     backend: Backend
+    cascade: bool = False
+    match: Match | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         return self
@@ -232,7 +239,7 @@ class LayerCache:
                 payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
                 for role in ROLES:
                     decoded = self.plan.stages[source].tier(role).decode(payload_of(slab, role), role)
-                    payload |= self._encode(target, decoded, role)
+                    payload |= self._encode(target, decoded, role, source + 1)
                 self.pools[target].add(payload, block)
                 for page in block:
                     self.where[page] = target
@@ -262,7 +269,9 @@ class LayerCache:
         self.where += targets
         self.window.drop(n * size)
 
-    def _encode(self, target: int, x: Tensor, role: Role) -> Slab:
+    def _encode(self, target: int, x: Tensor, role: Role, first: int = 0) -> Slab:
+        for stage in self.plan.stages[first:target] if self.plan.cascade else ():
+            x = stage.tier(role).decode(stage.tier(role).encode(x, role), role)
         payload = self.plan.stages[target].tier(role).encode(x, role)
         return {f"{role}.{name}": tensor for name, tensor in payload.items()}
 

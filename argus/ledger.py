@@ -43,6 +43,35 @@ class Ledger:
         return 16 / self.bits_per_value if self.bytes and self.values else 0.0
 
 
+@dataclass(frozen=True)
+class Match:
+    """How a budget of bits a value was met.
+
+    Attributes
+    ----------
+    asked : float
+        Bits a value.
+    context : int
+        Tokens at which they are measured.
+    reached, next : float
+        Bits measured, and those with one step more: pages are whole.
+    pages : dict of str to int
+        Pages that each stage holds there.
+    capacities : dict of str to int or None
+        Of each stage, in tokens, as scaled; a policy may look at its own options instead.
+    aging : dict of str to object
+        Options of the aging policy, as scaled.
+    """
+
+    asked: float
+    context: int
+    reached: float
+    next: float
+    pages: dict[str, int]
+    capacities: dict[str, int | None]
+    aging: dict[str, object]
+
+
 def measure(tensors: Iterable[tuple[str, Tensor]], values: int, workspace: int = 0) -> Ledger:
     """Sum the unique storages of named tensors; a storage counts for the first name that brings it."""
     seen: set[int] = set()

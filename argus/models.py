@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -133,7 +132,15 @@ def convert(path: Path, target: Path) -> None:
         del model.config.quantization_config
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        with contextlib.suppress(FileExistsError):
-            scratch.rename(target)
+        publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def publish(scratch: Path, target: Path) -> None:
+    """Call a whole folder `target`, unless another process, such as a run of the same sweep, was first."""
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.exists():
+            raise

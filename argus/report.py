@@ -8,17 +8,21 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from argus import __version__
 from argus.hookspecs import hookimpl
+from argus.ledger import Match
 from argus.tasks.base import Row, Run, RunEvents
 
 SCHEMA = 1
@@ -44,15 +48,23 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def command() -> str:
+    """What repeats this run: the words that were given, or in a sweep the run's own."""
+    swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    words = HydraConfig.get().overrides.task if swept else sys.argv[1:]
+    return " ".join(["python -m argus", *words])
+
+
 def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
     """The report as ``report.json`` holds it."""
     return {
         "schema": SCHEMA,
-        "command": " ".join(["python -m argus", *sys.argv[1:]]),
+        "command": command(),
         "versions": versions(),
         "device": device_name(run.device),
         "backend": run.plan.backend.name,
         "config": run.config.model_dump(mode="json"),
+        "budget": None if run.plan.match is None else asdict(run.plan.match),
         "skipped": dict(run.skipped),
         "rows": list(rows),
     }
@@ -185,6 +197,13 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=100)
 
 
+def budget_line(match: Match) -> str:
+    """How a byte budget was met, in one line."""
+    pages = ", ".join(f"{name} {count}" for name, count in match.pages.items())
+    bits = f"{match.reached:.3f} reached, a step more takes {match.next:.3f}"
+    return f"budget of {match.asked:g} bits at {match.context} tokens: {bits}; pages: {pages}"
+
+
 class Reporter(RunEvents):
     """Prints the table and writes ``report.json`` when a run ends."""
 
@@ -192,6 +211,8 @@ class Reporter(RunEvents):
         write(run.folder / NAME, document(run, rows))
         console = terminal()
         console.print(table(rows))
+        if run.plan.match is not None:
+            console.print(budget_line(run.plan.match), soft_wrap=True)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from argus.config import RunConfig
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, number, terminal
+from argus.report import NAME, SCHEMA, number, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
 COLUMNS = (
@@ -26,6 +28,7 @@ COLUMNS = (
     ("KL", "kl", ".4f"),
     ("decode/s", "decode_tokens_per_s", ".1f"),
 )
+OVERRIDES = Path(".hydra") / "overrides.yaml"
 FIGURES = tuple(key for _, key, _ in COLUMNS)
 
 
@@ -54,23 +57,41 @@ class Line:
     spreads: dict[str, float]
 
 
-def read(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Every run of a sweep: its overrides and its report.
+def is_done(folder: Path, config: RunConfig) -> bool:
+    """Whether `folder` has the report of a run of just this config; a report of another one is removed.
 
-    Raises
-    ------
-    ArgusError
-        If there is none.
+    A report is written last, whole or not at all, and holds the whole config: a run that was cut off has none, and one of
+    other overrides, or of a file under conf/ that has changed since, has another config.
     """
-    found = []
-    for path in sorted(folder.glob(f"*/{NAME}"), key=lambda path: (len(path.parent.name), path.parent.name)):
-        listed = path.parent / ".hydra" / "overrides.yaml"
-        kept = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [f"- {path.parent.name}"]
-        words = [line[2:] for line in kept if line.startswith("- ")]
-        found.append((" ".join(words), json.loads(path.read_text(encoding="utf-8"))))
-    if not found:
-        raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
-    return found
+    path = folder / NAME
+    if not path.exists():
+        return False
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json())):
+        return True
+    path.unlink()
+    return False
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Folders of the runs of the last sweep in `folder`, in order; what an earlier, longer one left there is named.
+
+    Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not.
+    """
+    begun = (folder / "multirun.yaml").stat().st_mtime_ns if (folder / "multirun.yaml").exists() else 0
+    started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"*/{OVERRIDES}")}
+    runs = sorted(started, key=lambda run: (len(run.name), run.name))
+    old = [run.name for run in runs if started[run] < begun and (run / NAME).exists()]
+    if old:
+        print(f"argus: left out, runs of an earlier sweep in {folder}: {', '.join(old)}", file=sys.stderr, flush=True)
+    return [run for run in runs if started[run] >= begun]
+
+
+def read(run: Path) -> tuple[str, Mapping[str, Any]]:
+    """A run's overrides and its report."""
+    listed = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
+    words = [line[2:] for line in listed if line.startswith("- ")]
+    return " ".join(words), json.loads((run / NAME).read_text(encoding="utf-8"))
 
 
 def distinguish(names: Sequence[str]) -> list[str]:
@@ -126,8 +147,18 @@ def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def summarize(folder: Path) -> None:
-    """Print the table of a sweep; write ``sweep.json``, ``sweep.md`` and ``pareto.png`` into its folder."""
-    found = lines(read(folder))
+    """Print the table of a sweep; write ``sweep.json``, ``sweep.md`` and ``pareto.png`` into its folder.
+
+    Raises
+    ------
+    ArgusError
+        If a run wrote no report, after the table of those that did.
+    """
+    runs = runs_of(folder)
+    done = [run for run in runs if (run / NAME).exists()]
+    if not done:
+        raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
+    found = lines([read(run) for run in done])
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best = [False] * len(found)
     if quality is not None:
@@ -153,6 +184,9 @@ def summarize(folder: Path) -> None:
     console = terminal()
     console.print(table)
     console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True, markup=False)
+    failed = [run.name for run in runs if run not in done]
+    if failed:
+        raise ArgusError(f"{NAME} is missing of runs {', '.join(failed)} in {folder}; the same command runs only these again")
 
 
 def cell(line: Line, key: str, form: str) -> str:

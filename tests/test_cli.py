@@ -14,6 +14,7 @@ import transformers
 
 from argus.__main__ import main
 from argus.config import RunConfig
+from argus.models import publish
 from argus.tasks.steps import prose
 from tests.models import SMALL, tiny
 
@@ -139,6 +140,69 @@ def test_sweep(model, tmp_path):
         assert json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_a_sweep_goes_on_where_it_stopped(model, tmp_path):
+    """What has its report is not run again; what is missing, cut off or of other overrides is; the table has all of it."""
+    words = ["task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
+    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
+    argus("-m", "tiers=int8,int4", *words, cwd=tmp_path)
+    paths = [tmp_path / "out" / str(number) / "report.json" for number in (0, 1)]
+    kept = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    again = argus("-m", "tiers=int8,int4", *words, cwd=tmp_path)
+    assert "out/0 has the report of this run already" in again.stderr
+    assert "out/1 has" not in again.stderr
+    assert paths[0].read_bytes() == kept[0]
+    assert json.loads(paths[1].read_bytes())["config"] == json.loads(kept[1])["config"]
+    assert [sum(name in line for line in again.stdout.splitlines()) for name in ("tiers=int8", "tiers=int4")] == [2, 2]
+    other = argus("-m", "tiers=int4", *words, cwd=tmp_path)
+    assert "already" not in other.stderr
+    assert json.loads(paths[0].read_bytes())["config"]["tiers"]["order"] == ["int4"]
+    assert "left out, runs of an earlier sweep in out: 1" in other.stderr
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_bytes())) == 1
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_sweep_in_processes_of_its_own(launcher, model, tmp_path):
+    """Runs that fail are named after the table of the others, and each report has a command of its own."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    words = ["tiers=int8,int4", "task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
+    words += [f"hydra/launcher={launcher}", "task.scored=8", "task.windows=1", "task.decoded=2"]
+    done = argus("-m", *words, "task.context=120,900000", cwd=tmp_path, code=2)
+    assert done.stderr.splitlines()[-1].startswith("argus: report.json is missing of runs 1, 3 in out")
+    assert "Traceback" not in done.stderr
+    for number, name in ((0, "int8"), (2, "int4")):
+        data = json.loads((tmp_path / "out" / str(number) / "report.json").read_text(encoding="utf-8"))
+        assert data["config"]["tiers"]["order"] == [name]
+        assert data["command"].startswith(f"python -m argus tiers={name} ")
+        assert data["command"].endswith("task.context=120")
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_bytes())
+    assert [line["overrides"].split()[0] for line in kept] == ["tiers=int8", "tiers=int4"]
+
+
+def test_a_launcher_that_is_not_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["argus", "-m", "tiers=int4,int8", "hydra/launcher=joblib"])
+    monkeypatch.setattr("argus.__main__.add_config_paths", lambda paths: None)
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().err
+    assert shown.startswith("argus: launcher 'joblib' is not installed; pip install hydra-joblib-launcher")
+    assert shown.count("\n") == 1
+
+
+def test_two_runs_may_convert_the_embedded_model_at_once(tmp_path):
+    """The second one finds it there; what cannot be written is said."""
+    first, second, target = (tmp_path / name for name in ("first", "second", "target"))
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+        publish(folder, target)
+    assert (target / "config.json").read_text() == "first"
+    with pytest.raises(FileNotFoundError):
+        publish(second, tmp_path / "nowhere" / "target")
+
+
 def test_a_missing_model(tmp_path):
     """One line on stderr that says what is allowed, exit code 2, and nothing is left behind."""
     done = argus("model=hf", "model.id=./nowhere", cwd=tmp_path, code=2)
@@ -178,6 +242,7 @@ def test_help_is_light(tmp_path):
         (["model=hf"], "model.id"),
         (["backend=tpu"], "backend 'tpu' is not known; allowed: "),
         (["nonsense"], "'nonsense'"),
+        (["-m", "tiers=int4,int8", "hydra/launcher=nowhere"], "'hydra/launcher/nowhere' is no config; allowed: basic"),
         (["tiers=int4", "tiers.stages.int4.group_size=7"], "group_size 7 does not divide page_size 64; allowed: "),
     ],
 )

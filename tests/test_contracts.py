@@ -35,6 +35,8 @@ OPTIONS = [
     ("jl", {"coefficients": {"tier": "int4", "axis": "token"}}),
     ("jl", {"coefficients": {"tier": "int", "bits": 3}, "ratio": 2, "seed": 5}),
     ("jl", {"unbiased": True}),
+    ("jl", {"centre": False}),
+    ("jl", {"centre": False, "coefficients": {"tier": "int4", "axis": "token"}}),
     ("jl", {"unbiased": True, "coefficients": "int4", "ratio": 2}),
 ]
 

@@ -396,6 +396,45 @@ def test_a_page_moves_once_a_stage():
     assert {name: kind.encoded / 2 for name, kind in kinds.items()} == {"first": 10, "second": 9, "last": 8}
 
 
+CASCADED = {"capacities": {"int8": 8, "int4": 16}, "window": 8}
+
+
+def read_all(layer: LayerCache) -> Tensor:
+    return torch.cat(layer.read(list(range(len(layer.where)))), -1)
+
+
+def test_a_cascade_at_once_is_a_decoding_run():
+    """A prompt written at once ends as if its pages had gone through every stage one by one."""
+    prompt = tokens(1, 120)
+    order = ("int8", "int4", "sign")
+    once, cascade = (make_layer(order, encode=encode, **CASCADED) for encode in ("once", "cascade"))
+    decoding = make_layer(order, **CASCADED)
+    for layer in (once, cascade):
+        grow(layer, *prompt)
+    grow(decoding, *prompt, chunk=1)
+    assert once.where == cascade.where == decoding.where
+    assert set(cascade.where) == {0, 1, 2}
+    torch.testing.assert_close(read_all(cascade), read_all(decoding))
+    assert not torch.allclose(read_all(cascade), read_all(once))
+    assert {name: len(pool) for name, pool in enumerate(cascade.pools)} == {0: 1, 1: 2, 2: 11}
+
+
+def test_a_page_that_skips_stages_cascades_through_them():
+    """A page of the first stage that moves to the last in one step is encoded by the one between as well."""
+    names = ["first", "second", "last"]
+    for encode, encoded in (("once", 1), ("cascade", 8)):
+        plugin, kinds = counting(names)
+        chosen = config(names, {"first": 24, "second": 8}, options={name: {} for name in names}, encode=encode)
+        layer = LayerCache(make_plan(chosen, [plugin]))
+        grow(layer, *tokens(1, 32))
+        assert layer.where == [0, 0, 0]
+        assert kinds["second"].encoded == 0
+        grow(layer, *tokens(2, 64))
+        assert layer.where == [2] * 7 + [1] + [0] * 3
+        # Of eleven pages one stays in the second stage; seven pass through it, three of them from the first.
+        assert kinds["second"].encoded / 2 == encoded
+
+
 # What an ageing policy may answer
 
 

@@ -34,7 +34,19 @@ ALLOWED = {
     "backends": ("errors", "hookspecs", "attention", "backends"),
     "engine": ("errors", "attention", "pages", "exact", "ledger", "backends.base", "policies.base", "tiers.base"),
     "build": ("errors", "config", "plugins", "engine", "backends.base", "policies.base", "tiers.base"),
-    "adapters": ("errors", "attention", "config", "engine", "ledger", "policies.base", "build", "adapters", "hookspecs"),
+    "budget": ("errors", "config", "engine", "ledger", "tiers.base"),
+    "adapters": (
+        "errors",
+        "attention",
+        "config",
+        "engine",
+        "ledger",
+        "policies.base",
+        "budget",
+        "build",
+        "adapters",
+        "hookspecs",
+    ),
 }
 """What each room may import of ARGUS; what only type checkers import is free."""
 

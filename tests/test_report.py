@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from argus import report, sweep
 from argus.config import RunConfig, compose, validate
 from argus.errors import ArgusError
+from argus.ledger import Match
 from argus.sweep import distinguish, figures, summarize, undominated
 from argus.tasks.generate import distinct
 from argus.tasks.steps import Clock, Scores
@@ -34,7 +36,7 @@ ROWS = [
 @pytest.fixture
 def run(tmp_path):
     config = validate(RunConfig, compose(["tiers=int4"]))
-    plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"))
+    plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"), match=None)
     return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path, skipped={})
 
 
@@ -201,7 +203,50 @@ def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
 
 def test_ten_runs_stay_in_order(tmp_path):
     sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(12)])
-    assert [name for name, _ in sweep.read(tmp_path)] == [f"seed={i}" for i in range(12)]
+    assert [sweep.read(run)[0] for run in sweep.runs_of(tmp_path)] == [f"seed={i}" for i in range(12)]
+
+
+def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
+    sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(3)])
+    (tmp_path / "1" / "report.json").unlink()
+    with pytest.raises(ArgusError, match=r"report.json is missing of runs 1 in .*; the same command runs only these again"):
+        summarize(tmp_path)
+    assert "0.0456" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+def test_how_a_budget_was_met_is_in_the_report(run, capsys):
+    pages, sizes = {"int4": 7, "jl": 20}, {"int4": 448, "jl": None}
+    run.plan.match = Match(3.0, 2048, reached=2.97, next=3.03, pages=pages, capacities=sizes, aging={})
+    report.Reporter().end(run, ROWS)
+    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["budget"]
+    assert (kept["asked"], kept["reached"], kept["pages"], kept["capacities"]) == (3.0, 2.97, pages, sizes)
+    line = "budget of 3 bits at 2048 tokens: 2.970 reached, a step more takes 3.030; pages: int4 7, jl 20"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_run_is_done_if_its_report_is_of_the_same_config(run):
+    assert not sweep.is_done(run.folder, run.config)
+    report.Reporter().end(run, ROWS)
+    assert sweep.is_done(run.folder, run.config)
+    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
+    for words in (["tiers=int2"], ["tiers=int4", "seed=1"], ["tiers=int4", "task.context=100", "task=perplexity"]):
+        assert not sweep.is_done(run.folder, validate(RunConfig, compose(words)))
+        assert not (run.folder / "report.json").exists()
+        report.write(run.folder / "report.json", kept)
+    assert sweep.is_done(run.folder, run.config)
+    report.write(run.folder / "report.json", kept | {"schema": 0})
+    assert not sweep.is_done(run.folder, run.config)
+
+
+def test_runs_of_an_earlier_sweep_are_left_out_and_named(tmp_path, capsys):
+    sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(3)])
+    (tmp_path / "multirun.yaml").write_text("hydra: {}\n")
+    for number, seconds in ((0, 30), (1, 20), (2, 10)):
+        os.utime(tmp_path / str(number) / ".hydra" / "overrides.yaml", (seconds, seconds))
+    os.utime(tmp_path / "multirun.yaml", (20, 20))
+    assert [run.name for run in sweep.runs_of(tmp_path)] == ["0", "1"]
+    assert capsys.readouterr().err == f"argus: left out, runs of an earlier sweep in {tmp_path}: 2\n"
 
 
 def test_a_sweep_without_runs(tmp_path):

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from argus.adapters.models import facts
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
+from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
 from argus.engine import LayerCache, Plan, Text
@@ -292,11 +293,12 @@ def line_ends(tokenizer: Any) -> tuple[int, ...]:
 
 
 def make_plan(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None) -> Plan:
-    """The plan of a cache for `model`."""
+    """The plan of a cache for `model`, its stages as large as its byte budget allows."""
     config = load_cache_config(tiers)
     known = facts(model)
     text = TextFacts(line_ends(tokenizer) if tokenizer is not None and "lines" in config.anchors else ())
-    return build(config, known.head_dim, known.dtype, known.device, text)
+    plan = build(config, known.head_dim, known.dtype, known.device, text)
+    return meet(plan, config.budget, Shape(known.layers, known.heads, known.head_dim, known.dtype, known.device))
 
 
 def patch_model_with_argus(

@@ -27,9 +27,10 @@ HANDLED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a cache needs to know of a model."""
+    """What a cache needs to know of a model: its layers, key-value heads, and numbers a head."""
 
     layers: int
+    heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
@@ -62,4 +63,5 @@ def facts(model: Any) -> ModelFacts:
     if reason:
         raise ModelError(f"model type '{kind}' cannot use ARGUS: {reason}; allowed are decoders that cache keys and values")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return ModelFacts(text.num_hidden_layers, head_dim, model.dtype, model.device)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return ModelFacts(text.num_hidden_layers, heads, head_dim, model.dtype, model.device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import floor
+from typing import Annotated
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from argus.hookspecs import hookimpl
 from argus.policies.base import Aging, PageFacts, PolicyConfig, StageFacts
@@ -31,9 +33,9 @@ class Fifo(Aging):
 
 
 class LogConfig(PolicyConfig):
-    """Options of log: pages in the first stage, and how many times more each next stage holds."""
+    """Options of log: pages in the first stage (rounded, at least one), and how many times more each next stage holds."""
 
-    first: PositiveInt = 1
+    first: PositiveFloat = 1.0
     ratio: PositiveFloat = 2.0
 
 
@@ -46,12 +48,32 @@ class Log(Aging):
         sizes: list[int | None] = [max(1, round(self.config.first * self.config.ratio**i)) for i in range(len(stages))]
         return fill(pages, sizes)
 
+    def scaled(self, stages: Sequence[StageFacts], factor: float) -> tuple[Aging, list[StageFacts]]:
+        return Log(self.config.model_copy(update={"first": self.config.first * factor})), list(stages)
+
+
+class UniformConfig(PolicyConfig):
+    """Options of uniform: the share of the pages that goes to the first stage, evenly over all ages."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
 
 class Uniform(Aging):
-    """Every page straight to the last stage."""
+    """Whatever its age, a page goes straight to the last stage, or a share of them to the first: age decides nothing.
+
+    With a share it is what an aging policy of the same bytes is to be compared with.
+    """
+
+    Config = UniformConfig
 
     def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
-        return [len(stages) - 1] * len(pages)
+        share, last = self.config.share, len(stages) - 1
+        chosen = [0 if floor((i + 1) * share) > floor(i * share) else last for i in range(len(pages))]
+        return [max(target, page.stage or 0) for target, page in zip(chosen, pages, strict=True)]
+
+    def scaled(self, stages: Sequence[StageFacts], factor: float) -> tuple[Aging, list[StageFacts]]:
+        """`factor` pages in the first stage for each in the last: there is no size to scale."""
+        return Uniform(UniformConfig(share=factor / (1 + factor))), list(stages)
 
 
 @hookimpl

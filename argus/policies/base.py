@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -74,6 +74,17 @@ class NewPages:
     taken: Tensor
 
 
+def scale(stages: Sequence[StageFacts], factor: float) -> list[StageFacts]:
+    """Stages of `factor` times their capacity; where stages end is rounded, so that few pages move at once."""
+    scaled, end = [], 0.0
+    for stage in stages:
+        if stage.capacity is not None:
+            begin, end = end, end + stage.capacity * factor
+            stage = replace(stage, capacity=round(end) - round(begin))
+        scaled.append(stage)
+    return scaled
+
+
 class Aging(ABC):
     """Decides which stage each page belongs to."""
 
@@ -85,6 +96,14 @@ class Aging(ABC):
     @abstractmethod
     def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
         """The stage of each page, oldest page first; never below the stage that it is in."""
+
+    def scaled(self, stages: Sequence[StageFacts], factor: float) -> tuple[Aging, list[StageFacts]]:
+        """The policy and stages with which all stages but the last hold `factor` times as many pages, to meet a byte budget.
+
+        By default the stages' capacities are scaled, as fits every policy that fills stages to them; a policy that goes by
+        something else scales that.
+        """
+        return self, scale(stages, factor)
 
 
 class Anchors(ABC):

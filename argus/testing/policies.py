@@ -21,8 +21,8 @@ LINE_END = 7
 def check_aging(kind: type[Aging], *, config: Mapping[str, Any] | None = None) -> None:
     """Check that an aging policy keeps its contract.
 
-    Every page gets a stage that exists, no page goes back, equal facts get equal answers, and no global random state is
-    touched, for ladders of one to seven stages and pages that come one by one or many at once.
+    Every page gets a stage that exists, also when stages are scaled, no page goes back, equal facts get equal answers, and no
+    global random state is touched, for ladders of one to seven stages and pages that come one by one or many at once.
 
     Raises
     ------
@@ -41,6 +41,8 @@ def check_aging(kind: type[Aging], *, config: Mapping[str, Any] | None = None) -
                 held: list[int] = []
                 for born in births:
                     held = grow(words, kind, config, held, born, stages)
+                for factor in (0.1, 1.0, 30.0):
+                    require_scaled(words, kind, config, stages, factor)
 
 
 def grow(
@@ -61,6 +63,18 @@ def grow(
         again = kind(options(kind, config)).targets(facts, stages)  # type: ignore[arg-type]
     words.require(list(again) == list(found), "answers otherwise when asked again")
     return list(found)
+
+
+def require_scaled(
+    words: Contract, kind: type[Aging], config: Mapping[str, Any], stages: list[StageFacts], factor: float
+) -> None:
+    """Scaled, the policy has the same stages and sends pages to them."""
+    policy, scaled = kind(options(kind, config)).scaled(list(stages), factor)  # type: ignore[arg-type]
+    names = [stage.name for stage in scaled]
+    words.require(names == [stage.name for stage in stages], f"scaled by {factor:g} its stages are {names}")
+    found = policy.targets([PageFacts(11 - i, None) for i in range(12)], scaled)
+    fits = len(found) == 12 and all(type(target) is int and 0 <= target < len(stages) for target in found)
+    words.require(fits, f"scaled by {factor:g} it sends pages to {list(found)}; allowed: 0 to {len(stages) - 1}")
 
 
 def check_anchors(kind: type[Anchors], *, config: Mapping[str, Any] | None = None, text: TextFacts | None = None) -> None:

@@ -22,11 +22,13 @@ class JlConfig(TierConfig):
 
     ``ratio`` tokens become one row of coefficients, which the tier ``coefficients`` keeps. ``unbiased`` multiplies what
     is read by ``ratio``, so that products with it are right in the mean over projections, at more error in each.
+    ``centre`` keeps the page's mean apart; without it, for comparison, the numbers are projected as they are.
     """
 
     ratio: PositiveInt = 4
     coefficients: str | dict[str, Any] = "fp16"
     unbiased: bool = False
+    centre: bool = True
     seed: int = 0
 
 
@@ -40,8 +42,8 @@ def projection(page_size: int, rows: int, seed: int) -> Tensor:
 class Jl(Tier):
     """``x = mean + W^T c`` with ``c = W (x - mean)``: the page's mean is kept apart, or the archive is worse than nothing.
 
-    Payload: ``mean`` float16 ``[n, B, H, D]``; ``coefficients.*`` as the tier that keeps them names them, for pages of
-    ``P / ratio`` rows.
+    Payload: ``mean`` float16 ``[n, B, H, D]`` (with ``centre``); ``coefficients.*`` as the tier that keeps them names them,
+    for pages of ``P / ratio`` rows.
     """
 
     Config = JlConfig
@@ -63,11 +65,11 @@ class Jl(Tier):
         return self.matrices[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
-        mean = x.mean(-2).to(torch.float16)
-        rest = x - mean.float().unsqueeze(-2)
+        mean = {"mean": x.mean(-2).to(torch.float16)} if self.config.centre else {}
+        rest = x - mean["mean"].float().unsqueeze(-2) if mean else x
         coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x) / x.shape[-2])
         kept = self.inner.encode(coefficients, role)
-        return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
+        return mean | {PREFIX + name: tensor for name, tensor in kept.items()}
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         kept = {name.removeprefix(PREFIX): tensor for name, tensor in payload.items() if name.startswith(PREFIX)}
@@ -76,11 +78,12 @@ class Jl(Tier):
         rest = self.tools.backend.project(coefficients, matrix.T)
         if self.config.unbiased:
             rest *= self.config.ratio
-        return rest.add_(payload["mean"].float().unsqueeze(-2))
+        return rest.add_(payload["mean"].float().unsqueeze(-2)) if self.config.centre else rest
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
         rows = page_size // self.config.ratio
-        return 16 / page_size + self.inner.bits(role, rows, head_dim) / self.config.ratio
+        mean = 16 / page_size if self.config.centre else 0.0
+        return mean + self.inner.bits(role, rows, head_dim) / self.config.ratio
 
     def check(self, role: Role, page_size: int, head_dim: int) -> None:
         if page_size % self.config.ratio:
@@ -90,7 +93,9 @@ class Jl(Tier):
 
     def form(self, role: Role) -> Projected | None:
         inner = self.inner.form(role)
-        return None if inner is None else Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
+        if inner is None or not self.config.centre:
+            return None
+        return Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
 
     def shared(self) -> dict[str, Tensor]:
         return {**self.matrices, **{PREFIX + name: tensor for name, tensor in self.inner.shared().items()}}

@@ -142,6 +142,20 @@ def test_jl_coefficients_are_the_projection_of_what_the_mean_leaves():
     assert torch.allclose(found, mean + matrix.T @ (matrix @ (x - mean)), atol=5e-3)
 
 
+def test_jl_without_its_centre_keeps_no_mean_and_loses_more_of_what_has_one():
+    x = normal(2, 1, 2, 16, 8) + 5
+    plain, centred = tier("jl", centre=False), tier("jl")
+    payload = plain.encode(x, "keys")
+    assert "mean" not in payload
+    matrix = projection(16, 4, 0)
+    assert torch.allclose(plain.decode(payload, "keys"), matrix.T @ (matrix @ x), atol=2e-2)
+    errors = [(jl.decode(jl.encode(x, "keys"), "keys") - x).norm() for jl in (plain, centred)]
+    assert errors[0] > 2 * errors[1]
+    assert plain.bits("keys", 16, 8) == centred.bits("keys", 16, 8) - 1
+    assert plain.form("keys") is None
+    assert centred.form("keys") is not None
+
+
 def test_unbiased_jl_is_right_in_the_mean_over_projections():
     seeds = 300
     x, query = normal(1, 1, 1, 16, 4), normal(1, 1, 1, 4, 1, seed=1)

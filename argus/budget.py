@@ -1,0 +1,114 @@
+"""A byte budget: how large stages may be for the measured bits a value to stay within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, floor, sqrt
+
+import torch
+from torch import Tensor
+
+from argus.config import Budget
+from argus.engine import LayerCache, Plan
+from argus.errors import ConfigError
+from argus.ledger import Match, measure
+from argus.tiers.base import ROLES
+
+LEAST, MOST = 2.0**-12, 2.0**12
+"""Factors between which stages are scaled: from none of the pages in all but the last to all of them in the first."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model caches: layers, key-value heads, numbers a head, and their dtype and device."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan with its stages scaled, and what it takes: measured bits a value, and the pages that each stage holds."""
+
+    plan: Plan
+    bits: float
+    pages: tuple[int, ...]
+
+
+def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
+    """The plan with the largest stages whose measured bits a value at the budget's context do not exceed it.
+
+    The cache is filled with random numbers and measured, all bytes counted, and the factor by which the aging policy scales
+    its stages is bisected until one page more would exceed the budget. What depends on the text (line ends, outliers beyond
+    a threshold) is not in it.
+
+    Parameters
+    ----------
+    plan : Plan
+    budget : Budget
+        Its ``bits`` null: the plan stays as it is.
+    shape : Shape
+
+    Raises
+    ------
+    ConfigError
+        If the budget is out of reach, or the policy has nothing to scale.
+    """
+    asked = budget.bits
+    if asked is None:
+        return plan
+    generator = torch.Generator().manual_seed(0)
+    size = (2, 1, shape.heads, budget.context, shape.head_dim)
+    keys, values = torch.randn(size, generator=generator).to(shape.device, shape.dtype)
+    low, high = LEAST, MOST
+    under, over = (attempt(plan, factor, keys, values, shape.layers) for factor in (low, high))
+    if under.pages == over.pages:
+        raise ConfigError(
+            f"budget.bits={asked:g}: this ladder takes {under.bits:.2f} bits whatever its stages hold; allowed: several "
+            "stages, all but the last with a capacity, and a context longer than the window and a page"
+        )
+    if not under.bits <= asked <= over.bits:
+        allowed = f"{ceil(under.bits * 100) / 100:g} to {floor(over.bits * 100) / 100:g}"
+        raise ConfigError(f"budget.bits={asked:g} is out of this ladder's reach at {budget.context} tokens; allowed: {allowed}")
+    # Moving one page to another stage changes two counts by one each.
+    while high / low > 1 + 1e-6 and sum(abs(a - b) for a, b in zip(under.pages, over.pages, strict=True)) > 2:
+        middle = sqrt(low * high)
+        found = attempt(plan, middle, keys, values, shape.layers)
+        if found.bits <= asked:
+            low, under = middle, found
+        else:
+            high, over = middle, found
+    return replace(under.plan, match=describe(under, over, budget.context, asked))
+
+
+def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, layers: int) -> Trial:
+    """Scale the stages of `plan` and measure a cache of `layers` layers that each hold `keys` and `values`."""
+    policy, facts = plan.aging.scaled([stage.facts for stage in plan.stages], factor)
+    stages = tuple(replace(stage, facts=fact) for stage, fact in zip(plan.stages, facts, strict=True))
+    scaled = replace(plan, aging=policy, stages=stages)
+    layer = LayerCache(scaled)
+    layer.write(keys, values)
+    layer.age()
+    own = measure(layer.tensors(), layer.values)
+    shared = measure((("", tensor) for s in stages for role in ROLES for tensor in s.tier(role).shared().values()), 0)
+    bits = 8 * (layers * own.bytes + shared.bytes) / (layers * own.values)
+    return Trial(scaled, bits, tuple(len(pool) for pool in layer.pools))
+
+
+def describe(under: Trial, over: Trial, context: int, asked: float) -> Match:
+    """How the budget was met."""
+    plan = under.plan
+    names = [stage.facts.name for stage in plan.stages]
+    capacities = [None if s.facts.capacity is None else s.facts.capacity * plan.page_size for s in plan.stages]
+    return Match(
+        asked=asked,
+        context=context,
+        reached=under.bits,
+        next=over.bits,
+        pages=dict(zip(names, under.pages, strict=True)),
+        capacities=dict(zip(names, capacities, strict=True)),
+        aging=plan.aging.config.model_dump(),
+    )
