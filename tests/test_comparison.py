@@ -56,17 +56,15 @@ def test_what_no_sequence_can_be_is_refused(length, pairs, asked, known):
         batch_of(length, pairs=pairs, asked=asked, known=known)
 
 
-def test_lessons_ask_for_every_pair_about_as_often():
+def test_lessons_ask_more_often_than_there_are_pairs():
     batch = batch_of(64, rows=20, pairs=4, asked=data.most_asked(64, 4), known=8)
     assert torch.equal(look_up(batch), batch.answers)
     questions = batch.tokens[:, batch.context :: 2]
     assert questions.min() >= data.NOISE
     assert questions.max() < data.NOISE + 8
     assert batch.answers.max() < data.NOISE + data.KEYS + 8
-    for row in questions:
-        counts = row.unique(return_counts=True)[1]
-        assert len(counts) == 4
-        assert counts.max() - counts.min() <= 1
+    assert questions.shape[1] > 20
+    assert all(len(row.unique()) <= 4 for row in questions)
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
@@ -178,7 +176,7 @@ def test_every_row_is_measured_at_its_length(compared):
     names = [("transformer", "fp16"), ("transformer", "argus int4"), ("mamba", "states")]
     assert [(row["model"], row["cache"], row["length"]) for row in rows] == [(*name, n) for n in (64, 192) for name in names]
     held = {(row["cache"], row["length"]): row["memory"] for row in rows}
-    assert [held["fp16", n] for n in (64, 192)] == [2 * 4 * 2 * 64 * 2 * n for n in (64, 192)]
+    assert [held["fp16", n] for n in (64, 192)] == [2 * 2 * 2 * 64 * 2 * n for n in (64, 192)]
     assert held["argus int4", 192] < held["fp16", 192]
     assert held["states", 64] == held["states", 192]
     console = Console(width=table.WIDTH, record=True)

@@ -67,7 +67,7 @@ def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: 
     pairs : int
         Pairs a sequence, each with a key of its own.
     asked : int
-        Questions a sequence. No pair is asked for twice before each was asked for once.
+        Questions a sequence: each of another pair, or of any pair where they are more than the pairs.
     known : int
         Keys to draw from, the first ones; as many values, if there are.
 
@@ -99,7 +99,7 @@ def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: 
     # One slot of two tokens stays free, so that pairs of a row may begin at even or at odd places.
     places = 2 * choose(pairs, context // 2 - 1) + number(rows, 1, below=2)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
-    which = torch.cat([choose(pairs, pairs) for _ in range(-(-asked // pairs))], 1)[:, :asked]
+    which = choose(asked, pairs) if asked <= pairs else number(rows, asked, below=pairs)
     tokens[:, context::2] = keys.gather(1, which)
     tokens[:, context + 1 :: 2] = values.gather(1, which)
     return Batch(tokens, context)

@@ -24,10 +24,10 @@ COMMON: dict[str, Any] = {
 
 
 def transformer(**options: Any) -> Any:
-    """A Llama of four layers with two heads of 64 numbers."""
+    """A Llama of two layers, each with two heads of 64 numbers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 64}
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape, **heads, **COMMON, **options))
     # Embeddings as large as what layers add to them: else a layer sees little of its own token, and recall is learnt late.
@@ -38,10 +38,10 @@ def transformer(**options: Any) -> Any:
 
 
 def mamba(**options: Any) -> Any:
-    """A Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of six layers, each with four heads of 64 by 64 numbers of state."""
+    """A Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of three layers, each with four heads of 64 by 64 numbers of state."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    shape = {"hidden_size": HIDDEN, "state_size": 64, "num_hidden_layers": 6, "head_dim": 64, "num_heads": 4, "n_groups": 1}
+    shape = {"hidden_size": HIDDEN, "state_size": 64, "num_hidden_layers": 3, "head_dim": 64, "num_heads": 4, "n_groups": 1}
     return Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, chunk_size=32, **shape, **COMMON, **options))
 
 

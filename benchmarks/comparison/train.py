@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.comparison import data, models
 
-WARM_UP, COOL_DOWN = 0.01, 0.4
+WARM_UP, COOL_DOWN = 0.01, 0.3
 """Shares of the budget in which the step size rises from zero, and falls to zero."""
 PASS = 0.9
 """Recall of the latest training sequences that ends a stage."""
@@ -57,9 +57,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(64, 32, (8, 16, 32), 0.3),
-    Stage(64, data.KEYS, (4, 8, 16), 0.45),
-    Stage(256, data.KEYS, (4, 8, 16), 0.6),
+    Stage(64, 32, (8, 16, 32), 0.5),
+    Stage(64, data.KEYS, (4, 8, 16), 0.6),
+    Stage(256, data.KEYS, (4, 8, 16), 0.7),
     Stage(2048, data.KEYS, (8, 16, 32), 1.0),
 )
 
@@ -101,7 +101,7 @@ def lengths_of(stage: Stage, longest: int) -> list[int]:
 
 
 def lesson(stage: Stage, options: argparse.Namespace, pick: random.Random, generator: torch.Generator) -> data.Batch:
-    """New sequences of a stage, all of one length; every pair is asked for once, or as often as there is room."""
+    """New sequences of a stage, all of one length: one question a pair, or as many as there is room for."""
     length = pick.choice(lengths_of(stage, options.longest))
     pairs = min(data.most_pairs(length), length // pick.choice(stage.spacings))
     room = data.most_asked(length, pairs)
