@@ -152,7 +152,7 @@ def test_steps_rise_then_shrink():
 
 
 def test_what_is_recalled_ends_a_stage(tmp_path, monkeypatch):
-    words = ["--model", "transformer", "--longest", "64", "--batch", "64", "--tokens", "5000", "--out", str(tmp_path)]
+    words = ["--model", "transformer", "--longest", "64", "--batch", "64", "--tokens", "8000", "--out", str(tmp_path)]
     monkeypatch.setattr(train, "PASS", -1.0)
     facts = train.train(train.options_of(words))
     assert [one["steps"] for one in facts["stages"]] == [20, 40, 60]
