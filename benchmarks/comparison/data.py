@@ -48,7 +48,12 @@ def most_pairs(length: int) -> int:
     return min(KEYS, length // 4 - 1)
 
 
-def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: int) -> Batch:
+def most_asked(length: int, pairs: int) -> int:
+    """Questions that a sequence of `length` tokens has room for behind its pairs."""
+    return length // 2 - pairs - 1
+
+
+def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: int, known: int = KEYS) -> Batch:
     """Random sequences.
 
     Parameters
@@ -62,7 +67,9 @@ def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: 
     pairs : int
         Pairs a sequence, each with a key of its own.
     asked : int
-        Questions a sequence, each of another pair.
+        Questions a sequence: each of another pair, or of any pair where they are more than the pairs.
+    known : int
+        Keys to draw from, the first ones; as many values, if there are.
 
     Raises
     ------
@@ -73,8 +80,10 @@ def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: 
         raise ValueError(f"length {length} is no length of this task; allowed: even numbers from 64")
     if not 1 <= pairs <= most_pairs(length):
         raise ValueError(f"{pairs} pairs in {length} tokens; allowed: 1 to {most_pairs(length)}")
-    if not 1 <= asked <= pairs:
-        raise ValueError(f"{asked} questions of {pairs} pairs; allowed: 1 to {pairs}")
+    if not 1 <= asked <= most_asked(length, pairs):
+        raise ValueError(f"{asked} questions of {pairs} pairs in {length} tokens; allowed: 1 to {most_asked(length, pairs)}")
+    if not pairs <= known <= KEYS:
+        raise ValueError(f"{known} keys for {pairs} pairs; allowed: {pairs} to {KEYS}")
     device, context = generator.device, length - 2 * asked
 
     def choose(count: int, among: int) -> Tensor:
@@ -85,12 +94,12 @@ def draw(length: int, rows: int, generator: torch.Generator, pairs: int, asked: 
         return torch.randint(below, shape, generator=generator, device=device)
 
     tokens = number(rows, length, below=NOISE)
-    keys = choose(pairs, KEYS) + NOISE
-    values = number(rows, pairs, below=VALUES) + NOISE + KEYS
+    keys = choose(pairs, known) + NOISE
+    values = number(rows, pairs, below=min(known, VALUES)) + NOISE + KEYS
     # One slot of two tokens stays free, so that pairs of a row may begin at even or at odd places.
     places = 2 * choose(pairs, context // 2 - 1) + number(rows, 1, below=2)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
-    which = choose(asked, pairs)
+    which = choose(asked, pairs) if asked <= pairs else number(rows, asked, below=pairs)
     tokens[:, context::2] = keys.gather(1, which)
     tokens[:, context + 1 :: 2] = values.gather(1, which)
     return Batch(tokens, context)

@@ -6,32 +6,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_model, save_model
 
 from benchmarks.comparison.data import VOCABULARY
 
 WEIGHTS = Path(__file__).parent / "weights"
 HIDDEN = 128
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    # The usual 0.02 is meant for wide models.
+    "initializer_range": HIDDEN**-0.5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def transformer(**options: Any) -> Any:
-    """A Llama of four layers with two heads of 64 numbers."""
+    """A Llama of two layers, each with two heads of 64 numbers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 64}
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    # The usual 0.02 is meant for wide models: at this width scores would begin near zero, and recall late.
-    more = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "initializer_range": HIDDEN**-0.5}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **shape, **heads, **more, **options))
+    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape, **heads, **COMMON, **options))
+    # Embeddings as large as what layers add to them: else a layer sees little of its own token, and recall is learnt late.
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(HIDDEN**0.5)
+        model.model.norm.weight.mul_(HIDDEN**-0.5)
+    return model
 
 
 def mamba(**options: Any) -> Any:
-    """A Mamba (Gu and Dao 2023, arXiv:2312.00752) of six layers; ``use_mambapy=True`` scans in parallel."""
-    from transformers import MambaConfig, MambaForCausalLM
+    """A Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) of three layers, each with four heads of 64 by 64 numbers of state."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    shape = {"hidden_size": HIDDEN, "state_size": 16, "num_hidden_layers": 6}
-    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **shape, **ids, **options))
+    shape = {"hidden_size": HIDDEN, "state_size": 64, "num_hidden_layers": 3, "head_dim": 64, "num_heads": 4, "n_groups": 1}
+    return Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, chunk_size=32, **shape, **COMMON, **options))
 
 
 KINDS = {"transformer": transformer, "mamba": mamba}
