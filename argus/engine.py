@@ -15,7 +15,7 @@ from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
 from argus.ledger import Match
 from argus.pages import Pool, Slab, Window
-from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts
+from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts, salience
 from argus.tiers.base import ROLES, Role, Tier, gate
 
 EXACT = "exact"
@@ -69,13 +69,18 @@ class Plan:
     cascade: bool = False
     match: Match | None = None
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether any policy asks for the newest queries."""
+        return self.aging.needs_queries or any(policy.needs_queries for policy in self.anchors)
+
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         return self
 
 
 @dataclass(frozen=True)
-class Text:
-    """What is known of the text when pages are born.
+class Context:
+    """What is known when pages are born.
 
     Attributes
     ----------
@@ -83,10 +88,13 @@ class Text:
         ``[B, L]`` token ids from position 0.
     padding : Tensor or None
         ``[B]`` tokens of padding on the left.
+    queries : Tensor or None
+        As policies are told of them (:class:`argus.policies.base.NewPages`).
     """
 
     tokens: Tensor | None = None
     padding: Tensor | None = None
+    queries: Tensor | None = None
 
 
 class LayerCache:
@@ -101,6 +109,8 @@ class LayerCache:
         One a stage.
     where : list of int
         The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on.
+    salience : list of float
+        Of each page, as aging policies are told of it.
     exact : ExactTokens
     outliers : dict of str to ExactNumbers
     shape : tuple of int or None
@@ -117,6 +127,7 @@ class LayerCache:
         self.window = Window(plan.dtype)
         self.pools = [Pool(plan.block_pages) for _ in plan.stages]
         self.where: list[int] = []
+        self.salience: list[float] = []
         self.exact = ExactTokens(plan.dtype)
         self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
@@ -199,7 +210,7 @@ class LayerCache:
             first=min(pages) * size,
         )
 
-    def age(self, text: Text | None = None) -> None:
+    def age(self, known: Context | None = None) -> None:
         """Let full pages leave the window and every page move to the stage that the aging policy gives it.
 
         Raises
@@ -211,19 +222,30 @@ class LayerCache:
         if not born:
             self.window.settle()
             return
-        facts = [StageFacts(stage.facts.name, stage.facts.capacity) for stage in self.plan.stages]
-        total = len(self.where) + born
+        known = known or Context()
+        facts = [stage.facts for stage in self.plan.stages]
         stages = [*self.where, *[None] * born]
-        targets = self.plan.aging.targets([PageFacts(total - 1 - i, stage) for i, stage in enumerate(stages)], facts)
+        weights = [*self.salience, *self._salience(born, known)]
+        ages = range(len(stages) - 1, -1, -1)
+        targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
         check_targets(stages, targets, len(facts))
         self._segments = None
         moved = len(self.where)
         self._move(targets[:moved])
-        for begin in range(moved, total, self.plan.block_pages):
-            self._bear(targets[begin : min(begin + self.plan.block_pages, total)], text or Text())
+        for begin in range(moved, len(stages), self.plan.block_pages):
+            end = min(begin + self.plan.block_pages, len(stages))
+            self._bear(targets[begin:end], known)
+            self.salience += weights[begin:end]
         self.window.settle()
         for pool in self.pools:
             pool.trim()
+
+    def _salience(self, born: int, known: Context) -> list[float]:
+        """Of pages that leave the window; 0 where the aging policy does not ask for it."""
+        if not self.plan.aging.needs_queries or known.queries is None:
+            return [0.0] * born
+        keys, _ = self.window.first(born * self.plan.page_size)
+        return salience(to_pages(keys, self.plan.page_size), known.queries)
 
     def _move(self, targets: Sequence[int]) -> None:
         """Encode held pages for the stages they go to, from what their present stage keeps."""
@@ -244,12 +266,12 @@ class LayerCache:
                 for page in block:
                     self.where[page] = target
 
-    def _bear(self, targets: Sequence[int], text: Text) -> None:
+    def _bear(self, targets: Sequence[int], known: Context) -> None:
         """Encode the oldest pages of the window, each straight for its stage."""
         size, n = self.plan.page_size, len(targets)
         start = self.window.start
         pages = [gate(to_pages(x, size)) for x in self.window.first(n * size)]
-        kept = self._choose_tokens(pages[0], pages[1], start, text)
+        kept = self._choose_tokens(pages[0], pages[1], start, known)
         if kept is not None:
             self.exact.add(pages[0], pages[1], start, kept)
         rests = {}
@@ -275,17 +297,17 @@ class LayerCache:
         payload = self.plan.stages[target].tier(role).encode(x, role)
         return {f"{role}.{name}": tensor for name, tensor in payload.items()}
 
-    def _choose_tokens(self, keys: Tensor, values: Tensor, start: int, text: Text) -> Tensor | None:
+    def _choose_tokens(self, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
         """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
         if not self.plan.anchors:
             return None
         n, batch, heads, size, _ = keys.shape
         taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
-        padding = text.padding if text.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
-        tokens = None if text.tokens is None else text.tokens[:, start:]
+        padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
+        tokens = None if known.tokens is None else known.tokens[:, start:]
         positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
         for policy in self.plan.anchors:
-            taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken))
+            taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
         return taken
 
     def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -318,7 +340,7 @@ class LayerCache:
         for stage, pool in enumerate(self.pools):
             pool.remove([page for page in gone if self.where[page] == stage])
             pool.trim()
-        del self.where[whole:]
+        del self.where[whole:], self.salience[whole:]
         self.exact.crop(whole * size)
         for numbers in self.outliers.values():
             numbers.crop(whole)

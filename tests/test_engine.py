@@ -10,7 +10,7 @@ from torch import Tensor
 
 from argus import attention
 from argus.backends import cpu
-from argus.engine import LayerCache, Text, check_targets
+from argus.engine import Context, LayerCache, check_targets
 from argus.errors import ArgusError, RangeError
 from argus.hookspecs import hookimpl
 from argus.ledger import measure, total_bytes
@@ -279,7 +279,7 @@ def test_sinks_count_from_the_first_real_token():
     layer = make_layer(("int2",), anchors={"sinks": {"tokens": 4}})
     keys, values = tokens(1, 60, batch=3)
     padding = torch.tensor([0, 5, 9])
-    grow(layer, keys, values, text=Text(padding=padding))
+    grow(layer, keys, values, text=Context(padding=padding))
     for row, pad in enumerate(padding.tolist()):
         for head in range(HEADS):
             held = layer.exact.positions[row, head]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from argus.engine import EXACT, LayerCache, Plan, Text
+from argus.engine import EXACT, Context, LayerCache, Plan
 from argus.ledger import measure
 from argus.tiers.base import ROLES
 from tests.conftest import (
@@ -118,7 +118,7 @@ class EngineMachine(RuleBasedStateMachine):
         where = list(self.layer.where)
         leaves = len(self.layer.window) >= self.plan.window + self.plan.page_size
         before = self.readings() if leaves else []
-        self.layer.age(Text(self.ids, self.padding))
+        self.layer.age(Context(self.ids, self.padding))
         assert (len(self.layer.where) > len(where)) == leaves
         if leaves:
             self.check_moves(before)

@@ -13,7 +13,7 @@ from torch import Tensor
 from argus import plugins
 from argus.build import make_anchor
 from argus.config import validate
-from argus.engine import Text
+from argus.engine import Context
 from argus.errors import ConfigError
 from argus.policies.base import NewPages, PageFacts, StageFacts, TextFacts
 from tests.conftest import HEADS, contents, grow, make_layer, tokens
@@ -205,7 +205,7 @@ def test_anchors_add_up_in_the_cache():
     ids = torch.ones(1, 88, dtype=torch.int64)
     ids[0, [20, 50]] = 7
     keys, values = tokens(1, 88)
-    grow(layer, keys, values, text=Text(ids))
+    grow(layer, keys, values, text=Context(ids))
     assert len(layer.where) == 10
     for head in range(HEADS):
         held = {int(p) for p in layer.exact.positions[0, head] if p >= 0}

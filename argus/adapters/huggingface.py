@@ -18,10 +18,10 @@ from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
-from argus.engine import LayerCache, Plan, Text
+from argus.engine import Context, LayerCache, Plan
 from argus.errors import ModelError
 from argus.ledger import Ledger, measure
-from argus.policies.base import TextFacts
+from argus.policies.base import RECENT, TextFacts
 
 NAME = "argus"
 """Name of the attention and mask functions in the registries of transformers."""
@@ -98,8 +98,14 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        self.engine.age(Text(self.transcript.tokens, self.transcript.padding))
+        self.engine.age(Context(self.transcript.tokens, self.transcript.padding, self._recent(query, scale)))
         return out
+
+    def _recent(self, query: Tensor, scale: float) -> Tensor | None:
+        """The newest queries ``[B, H, R, D]``, if a policy asks for them."""
+        if not self.engine.plan.needs_queries or self.engine.shape is None:
+            return None
+        return Query.of(query[:, :, -RECENT:], self.engine.shape[1], scale, 0).rows
 
     def get_seq_length(self) -> int:
         return self.engine.length

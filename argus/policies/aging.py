@@ -1,8 +1,9 @@
-"""Aging policies: by capacity (fifo), by geometric growth (log), straight to the last stage (uniform)."""
+"""Aging policies: by capacity (fifo), by what queries ask for, by geometric growth, straight to the last stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import floor
 from typing import Annotated
 
@@ -30,6 +31,21 @@ class Fifo(Aging):
 
     def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
         return fill(pages, [stage.capacity for stage in stages])
+
+
+class Salience(Aging):
+    """The pages that queries asked for most first, each stage to its ``capacity``, whatever their age.
+
+    What counts is what the newest queries asked for when the page left the window (as SnapKV chooses tokens,
+    arXiv:2404.14469), for a long prompt the prompt's last tokens. A page never comes back from a later stage.
+    """
+
+    needs_queries = True
+
+    def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
+        order = sorted(range(len(pages)), key=lambda place: (-pages[place].salience, pages[place].age))
+        ranked = fill([replace(pages[place], age=rank) for rank, place in enumerate(order)], [s.capacity for s in stages])
+        return [target for _, target in sorted(zip(order, ranked, strict=True))]
 
 
 class LogConfig(PolicyConfig):
@@ -78,4 +94,4 @@ class Uniform(Aging):
 
 @hookimpl
 def argus_aging() -> dict[str, type[Aging]]:
-    return {"fifo": Fifo, "log": Log, "uniform": Uniform}
+    return {"fifo": Fifo, "salience": Salience, "log": Log, "uniform": Uniform}

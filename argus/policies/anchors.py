@@ -1,4 +1,4 @@
-"""Anchor policies: attention sinks, ends of lines, and tokens unlike the others."""
+"""Anchor policies: attention sinks, ends of lines, tokens unlike the others, and tokens that queries ask for."""
 
 from __future__ import annotations
 
@@ -100,6 +100,33 @@ class Novelty(Anchors):
         return x if self.config.scope == "page" else x.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
+class SalienceConfig(PolicyConfig):
+    """Options of salience: the share of the tokens that leave the window together, for each head."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.02
+
+
+class Salience(Anchors):
+    """The tokens that the newest queries attend to most, for each head (SnapKV, arXiv:2404.14469).
+
+    A token's score is its attention among the tokens that leave the window with it, averaged over the queries.
+    """
+
+    Config = SalienceConfig
+    needs_queries = True
+
+    def choose(self, pages: NewPages) -> Tensor:
+        n, batch, heads, page, _ = pages.keys.shape
+        if pages.queries is None:
+            return torch.zeros_like(pages.taken)
+        keys = pages.keys.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        weight = torch.softmax(pages.queries @ keys.transpose(-1, -2), -1).mean(-2)
+        weight = weight.masked_fill(pages.taken.permute(1, 2, 0, 3).flatten(2), -1.0)
+        count = max(1, round(self.config.share * weight.shape[-1]))
+        kept = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, weight.topk(count).indices, True)
+        return kept.view(batch, heads, n, page).permute(2, 0, 1, 3)
+
+
 def nearest(x: Tensor) -> Tensor:
     """Each token's largest cosine with another: ``[..., T, D]`` to ``[..., T]``."""
     unit = torch.nn.functional.normalize(x - x.mean(-2, keepdim=True), dim=-1)
@@ -118,4 +145,4 @@ def around(x: Tensor, span: int) -> Tensor:
 
 @hookimpl
 def argus_anchors() -> dict[str, type[Anchors]]:
-    return {"sinks": Sinks, "lines": Lines, "novelty": Novelty}
+    return {"sinks": Sinks, "lines": Lines, "novelty": Novelty, "salience": Salience}

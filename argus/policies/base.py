@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+RECENT = 32
+"""Query tokens of a call that policies are told of, at most."""
+
 
 class PolicyConfig(BaseModel):
     """Options of a policy. Subclass it to add your own; unknown names are refused."""
@@ -27,10 +30,14 @@ class PageFacts:
         Pages between it and the newest page, which has age 0.
     stage : int or None
         Its place in the ladder; None: the page has just left the window.
+    salience : float
+        How much the queries asked for it when it left the window: the log-sum-exp of its scores, averaged over all of them
+        and over heads and batch rows. 0 where the policy does not ask for it, or no query was there.
     """
 
     age: int
     stage: int | None
+    salience: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class NewPages:
         ``[B, T]`` token ids from the first position on, ``T >= n * P`` as far as they are known; None: not known.
     taken : Tensor
         ``[n, B, H, P]`` bool, tokens that another policy keeps exact already.
+    queries : Tensor or None
+        ``[B, H, R, D]`` float32, times the softmax scale: the newest queries of the call that wrote last, at most
+        :data:`RECENT` tokens of them, by key-value head. None where no policy asks for them, or there were none.
     """
 
     keys: Tensor
@@ -72,6 +82,7 @@ class NewPages:
     padding: Tensor
     tokens: Tensor | None
     taken: Tensor
+    queries: Tensor | None = None
 
 
 def scale(stages: Sequence[StageFacts], factor: float) -> list[StageFacts]:
@@ -89,6 +100,8 @@ class Aging(ABC):
     """Decides which stage each page belongs to."""
 
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+    needs_queries: ClassVar[bool] = False
+    """Whether it asks for pages' salience."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config: Any = config
@@ -112,6 +125,8 @@ class Anchors(ABC):
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
     needs_tokens: ClassVar[bool] = False
     """Whether token ids must be known."""
+    needs_queries: ClassVar[bool] = False
+    """Whether it asks for the newest queries."""
 
     def __init__(self, config: PolicyConfig, text: TextFacts) -> None:
         self.config: Any = config
@@ -133,3 +148,23 @@ class Outliers(ABC):
     @abstractmethod
     def choose(self, x: Tensor, role: str) -> Tensor | None:
         """Numbers of pages ``[n, B, H, P, D]`` to keep exact, bool of that shape; None: none, ever."""
+
+
+def salience(keys: Tensor, queries: Tensor) -> list[float]:
+    """How much `queries` ask for each page.
+
+    Parameters
+    ----------
+    keys : Tensor
+        ``[n, B, H, P, D]``.
+    queries : Tensor
+        ``[B, H, R, D]``, times the softmax scale.
+
+    Returns
+    -------
+    list of float
+        ``n`` numbers: the log-sum-exp of a page's scores, averaged over queries, heads and batch rows.
+    """
+    scores = queries.float() @ keys.float().transpose(-1, -2)
+    found: list[float] = scores.logsumexp(-1).mean((1, 2, 3)).tolist()
+    return found

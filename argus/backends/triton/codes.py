@@ -223,7 +223,8 @@ def _codes_share(
         if not VSYM:
             zeros = _load4(tl.load(row_of + 5) + (inner * P + block * 64 + g * 8) * 2)
         channel_at = ((inner * (P // KG) + block * 64 // KG) * D + t * (D // 4) + part * 4) * 2
-        b, unscale, offset = _fold(q_at, tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at, False, part, D, KSYM, False)
+        scale_at, zero_at = tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at
+        b, unscale, offset = _fold(q_at, scale_at, zero_at, False, part, D, KSYM, False)
         # Column 2 t holds the high part of row t: its facts lie in the lanes of column 2 t.
         unscale *= KEY
         if not CAPPED:

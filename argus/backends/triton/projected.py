@@ -4,8 +4,8 @@ A page is ``x = mean + W^T c`` with 16, 8 or 4 rows ``c`` for 64 tokens, so ``q 
 ``p x = sum(p) mean + (W p) c``. Coefficients are planar 4-bit codes with a scale and a zero a row: ``c q`` is
 ``(codes q) * scale + sum(q) * zero``, and the values' scales go into ``W p``. Built as ``codes.py`` is: products with codes on
 integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W`` and means on ``mma.m16n8k16``, every FP32 factor
-as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read from the L1 cache for each page, since
-more warps pay better than its registers.
+as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read from the L1 cache for each page: its
+registers would leave room for fewer warps.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def _projected_share(
         mean_at = tl.load(row_of + 7) + inner * (2 * D) + t * 16
         # An eighth of the next page's codes a lane, first of keys, then of values; then their means.
         next_of = table_ptr + tl.minimum(page + 1, end - 1) * FIELDS
-        next_codes = tl.where(lane < 8, tl.load(next_of), tl.load(next_of + 3)) + inner * (M * D // 2) + lane % 8 * (M * D // 16)
-        next_mean = tl.where(lane < 24, tl.load(next_of + 7), tl.load(next_of + 8)) + inner * (2 * D) + lane % 4 * (D // 2)
-        _fetch(tl.where(lane < 16, next_codes, next_mean))
+        next_codes = tl.where(lane < 8, tl.load(next_of), tl.load(next_of + 3)) + lane % 8 * (M * D // 16)
+        next_mean = tl.where(lane < 24, tl.load(next_of + 7), tl.load(next_of + 8)) + lane % 4 * (D // 2)
+        _fetch(tl.where(lane < 16, next_codes + inner * (M * D // 2), next_mean + inner * (2 * D)))
         c = none4
         f = zero4
         for w in tl.static_range(KW):
@@ -180,8 +180,10 @@ def _projected_share(
             f = _mma16(mean[2], mean[2], mean[3], mean[3], means[4 * w + 2], means[4 * w + 3], f, False)
         scale_at = tl.load(row_of + 1) + inner * (M * 2)
         zero_at = tl.load(row_of + 2) + inner * (M * 2)
-        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half_at(scale_at + near * 2)) + row_sum * _half_at(zero_at + near * 2)
-        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half_at(scale_at + far * 2)) + row_sum * _half_at(zero_at + far * 2)
+        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half_at(scale_at + near * 2))
+        r0 += row_sum * _half_at(zero_at + near * 2)
+        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half_at(scale_at + far * 2))
+        r1 += row_sum * _half_at(zero_at + far * 2)
         r0 = _transposed(_parts(r0))
         r1 = _transposed(_parts(r1))
         offset = f[0] + f[1]

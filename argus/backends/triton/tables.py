@@ -156,7 +156,7 @@ def facts_of(key_form: object, value_form: object, page: int) -> int:
 
 
 def mix(runs: Sequence[Run]) -> list[Run]:
-    """Put stages that have few pages each into one run, where there are several, for the kernel that reads codes of any width."""
+    """Put stages with few pages each into one run, for the kernel that reads codes of any width, where there are several."""
     few = [run for run in runs if run.pages <= FEW_PAGES and facts_of(run.key_form, run.value_form, run.page)]
     few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0 and run.exact == few[0].exact]
     if len(few) < 2:

@@ -77,7 +77,7 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
     shares = {share for share, _ in jobs}
     codes = [constants for share, constants in jobs if share == "codes"]
     if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
-        return 96
+        return 96 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128
     return 168
 
 
