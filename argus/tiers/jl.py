@@ -9,12 +9,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from argus.backends.base import Payload, Projected
+from argus.backends.base import PREFIX, Payload, Plain, Projected
 from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.tiers.base import Role, Tier, TierConfig, Tools
 
-PREFIX = "coefficients."
 
 
 class JlConfig(TierConfig):
@@ -63,11 +62,12 @@ class Jl(Tier):
         return self.matrices[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
-        mean = x.mean(-2).to(torch.float16)
-        rest = x - mean.float().unsqueeze(-2)
-        coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x) / x.shape[-2])
-        kept = self.inner.encode(coefficients, role)
-        return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
+        form = self.target(role)
+        if form is not None:
+            return self.tools.backend.encode(x, form)
+        kept = self.tools.backend.encode(x, Projected(Plain(), self.config.ratio, self.config.unbiased, self.matrix))
+        inner = self.inner.encode(kept[PREFIX + "codes"], role)
+        return {"mean": kept["mean"]} | {PREFIX + name: tensor for name, tensor in inner.items()}
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         kept = {name.removeprefix(PREFIX): tensor for name, tensor in payload.items() if name.startswith(PREFIX)}
@@ -90,6 +90,10 @@ class Jl(Tier):
 
     def form(self, role: Role) -> Projected | None:
         inner = self.inner.form(role)
+        return None if inner is None else Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
+
+    def target(self, role: Role) -> Projected | None:
+        inner = self.inner.target(role)
         return None if inner is None else Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
 
     def shared(self) -> dict[str, Tensor]:
