@@ -352,7 +352,7 @@ class Backend(ABC):
                 return {"codes": x if form.dtype is None else x.to(form.dtype)}
             case Projected():
                 page = x.shape[-2]
-                mean = (folded(x, -2, "channel") / page).to(torch.float16)
+                mean = (x.sum(-2, dtype=torch.float64) / page).float().to(torch.float16)
                 rest = x - mean.float().unsqueeze(-2)
                 kept = self.encode(self.project(rest, form.matrix(page, x) / page), form.inner)
                 return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
