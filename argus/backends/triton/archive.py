@@ -9,7 +9,7 @@ from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
-from argus.backends.triton.codec import _affine, _code, _grid, _round_even, _round_up, _unpack, _whole, shape_of
+from argus.backends.triton.codec import _affine, _code, _grid, _over, _rounded_even, _round_up, _unpack, _whole, shape_of
 from argus.backends.triton.forms import ELEMENTS
 
 PRECISION = "tf32x3"
@@ -90,10 +90,10 @@ def _archive_kernel(
         if KIND == 2:
             HALF: tl.constexpr = TOP >> 1
             largest = tl.max(tl.abs(parts), AXIS)
-            scale = _round_up(tl.div_rn(largest, largest * 0.0 + HALF))
+            scale = _round_up(_over(largest, largest * 0.0 + HALF))
             step = tl.expand_dims(scale, AXIS).to(tl.float32)
             step = tl.where(step == 0.0, 1.0, step)
-            code = tl.minimum(tl.maximum(_round_even(tl.div_rn(parts, step)), -HALF), HALF).to(tl.int32) & 255
+            code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
         else:
             scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
             tl.store(zero_ptr + to, zero)

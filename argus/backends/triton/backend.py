@@ -66,9 +66,10 @@ class TritonBackend(CpuBackend):
         return x
 
     def to_fp8(self, x: Tensor, form: Float8) -> Payload:
-        from argus.backends.triton import codec
+        from argus.backends.triton import codec, float8
 
-        return codec.to_fp8(x, form)
+        made = float8.to_fp8(x, form)
+        return codec.to_fp8(x, form) if made is None else made
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         from argus.backends.triton import codec

@@ -12,6 +12,8 @@ from argus.backends.triton import layout, tuning
 
 INTERPRETED = triton.knobs.runtime.interpret
 FP8_MAX = tl.constexpr(448.0)
+DIVIDES = tl.constexpr(INTERPRETED)
+"""Whether quotients are divisions: the interpreter rounds a fused multiplication and addition twice."""
 
 
 @triton.jit
@@ -29,18 +31,38 @@ def _round_even(x):
 
 
 @triton.jit
+def _rounded_even(x):
+    """The integer nearest to x, int32, for x below 2^22 in size: 1.5 * 2^23 leaves it in the low bits of the sum."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _over(x, step):
+    """x over step, a number of at most FP16's bits, as a division rounds it.
+
+    See :func:`argus.backends.triton.words._rounded` for why one correction is enough.
+    """
+    if DIVIDES:
+        q = tl.div_rn(x, x * 0.0 + step)
+    else:
+        inverse = 1.0 / step
+        q = x * inverse
+        q = tl.fma(tl.fma(-step, q, x), inverse, q)
+    return q
+
+
+@triton.jit
 def _affine(low, high, TOP: tl.constexpr):
     """Scale and zero, float16, of groups that reach from low to high."""
     zero = -_round_up(-low)
-    return _round_up(tl.div_rn(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
+    return _round_up(_over(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
 
 
 @triton.jit
 def _code(x, scale, zero, TOP: tl.constexpr):
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
-    code = _round_even(tl.div_rn(x - zero.to(tl.float32), step))
-    return tl.minimum(tl.maximum(code, 0.0), TOP).to(tl.int32)
+    return tl.minimum(tl.maximum(_rounded_even(_over(x - zero.to(tl.float32), step)), 0), TOP)
 
 
 @triton.jit
@@ -160,10 +182,10 @@ def _page_kernel(
     if SYMMETRIC:
         HALF: tl.constexpr = TOP >> 1
         largest = tl.max(tl.abs(parts), AXIS)
-        scale = _round_up(tl.div_rn(largest, largest * 0.0 + HALF))
+        scale = _round_up(_over(largest, largest * 0.0 + HALF))
         step = tl.expand_dims(scale, AXIS).to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        code = tl.minimum(tl.maximum(_round_even(tl.div_rn(parts, step)), -HALF), HALF).to(tl.int32) & 255
+        code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
     else:
         scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
         tl.store(zero_ptr + to, zero)
@@ -197,10 +219,11 @@ def _group_kernel(
     else:
         LIMIT: tl.constexpr = (TOP >> 1) if KIND == 1 else FP8_MAX
         largest = tl.max(tl.abs(x), 1)
-        scale = _round_up(tl.div_rn(largest, largest * 0.0 + LIMIT))
+        scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        y = tl.div_rn(x, x * 0.0 + step[:, None])
+        # A zero keeps its sign.
+        y = tl.where(x == 0.0, x, _over(x, step[:, None]))
         if KIND == 1:
             y = _round_even(y)
         y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)

@@ -45,9 +45,10 @@ def _signed_values(word, s):
 def _rounded(x0, x1, x2, x3, step, inverse, zero):
     """A word of ``round((x - zero) / step)``, four integers of 8 bits, as a division rounded to float32 would give them.
 
-    With ``y`` the float32 nearest to ``1 / step``, and a step of FP16's few bits, one correction of ``q = (x - zero) * y`` is
-    exact: ``q + (x - zero - q * step) * y`` is the rounded quotient, since no quotient of 24 by 11 bits comes nearer than
-    2^-12 to the middle of two floats. 1.5 * 2^23 rounds it to the even integer and leaves that in the low byte.
+    With a step of FP16's eleven bits, ``y`` within 2^-22 of ``1 / step`` and ``q = (x - zero) * y``, one correction is enough:
+    ``q + (x - zero - q * step) * y`` is the rounded quotient. What stands in brackets is exact, the sum before its rounding is
+    within 2^-20 of a float's last place, and no quotient of 24 by 11 bits comes nearer than 2^-12 of it to the middle of two
+    floats. 1.5 * 2^23 rounds it to the even integer and leaves that in the low byte.
     """
     return tl.inline_asm_elementwise(
         """{ .reg .f32 a, b, c, d, e, f, g, h, k, l, m, n; .reg .b32 p, q, r, s;
