@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 
 def number(word: np.ndarray) -> np.ndarray:
@@ -70,6 +71,10 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
             low, high, word = re.match(r"\{(\w+), (\w+)\}, (\S+)", rest).groups()  # type: ignore[union-attr]
             held[low], held[high] = read(word) & 0xFFFF, (read(word) >> 16) & 0xFFFF
             continue
+        if name == "mov.b32" and rest.endswith("}"):
+            to, low, high = re.match(r"(\S+), \{(\w+), (\w+)\}", rest).groups()  # type: ignore[union-attr]
+            held[to] = held[low] | (held[high] << 16)
+            continue
         to, *sources = (part.strip() for part in rest.split(","))
         x = [read(one) for one in sources]
         if name == "mov.b32":
@@ -78,6 +83,9 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
             y = prmt(x[0], x[1], int(sources[2], 16))
         elif name == "xor.b32":
             y = x[0] ^ x[1]
+        elif name == "cvt.rn.satfinite.e4m3x2.f32":
+            high, low = (torch.from_numpy(number(one)).to(torch.float8_e4m3fn).view(torch.uint8).numpy() for one in x)
+            y = low.astype(np.int32) | (high.astype(np.int32) << 8)
         elif name == "setp.ne.b32":
             y = x[0] != x[1]
         elif name == "set.ge.u32.f32":

@@ -66,9 +66,9 @@ class TritonBackend(CpuBackend):
         return x
 
     def to_fp8(self, x: Tensor, form: Float8) -> Payload:
-        from argus.backends.triton import codec, float8
+        from argus.backends.triton import codec, convert, float8
 
-        made = float8.to_fp8(x, form)
+        made = convert.convert({"codes": x}, Plain(), form) or float8.to_fp8(x, form)
         return codec.to_fp8(x, form) if made is None else made
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class TritonBackend(CpuBackend):
 
         if isinstance(source, Plain) and isinstance(form, (Affine, Float8)):
             return self.encode(payload["codes"], form)
-        if isinstance(form, Affine):
+        if isinstance(form, (Affine, Float8)):
             return convert.convert(payload, source, form)
         if isinstance(form, Projected) and isinstance(source, (Affine, Plain)):
             return archive.archive(payload, source, form)

@@ -47,7 +47,8 @@ def _over(x, step):
     else:
         inverse = 1.0 / step
         q = x * inverse
-        q = tl.fma(tl.fma(-step, q, x), inverse, q)
+        # Signs so that a zero keeps its own.
+        q = tl.fma(-tl.fma(step, q, -x), inverse, q)
     return q
 
 
@@ -222,8 +223,7 @@ def _group_kernel(
         scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        # A zero keeps its sign.
-        y = tl.where(x == 0.0, x, _over(x, step[:, None]))
+        y = _over(x, step[:, None])
         if KIND == 1:
             y = _round_even(y)
         y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)

@@ -35,8 +35,8 @@ def _float8_kernel(
     tl.store(scale_ptr + page * A * B + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :], scale)
     step = tl.expand_dims(scale, AXIS).to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
-    # A zero keeps its sign; no quotient is beyond 448, since the scale is rounded up.
-    y = tl.reshape(tl.where(parts == 0.0, parts, _over(parts, step)), (P, D))
+    # No quotient is beyond 448, since the scale is rounded up.
+    y = tl.reshape(_over(parts, step), (P, D))
     if CAST:
         tl.store(codes_ptr + at, y.to(tl.float8e4nv))
     else:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codec import _affine, _over, _round_up
+from argus.backends.triton.codec import FP8_MAX, _affine, _over, _round_up
 from argus.backends.triton.codes import _load_block, _quarters, _word
-from argus.backends.triton.lanes import _from_e4m3, _from_lane, _halves, _load1, _load2, _load4, _load16
+from argus.backends.triton.lanes import _from_e4m3, _halves, _load1, _load2, _load4, _load16
 from argus.backends.triton.words import (
     _across,
     _byte,
@@ -26,6 +26,7 @@ from argus.backends.triton.words import (
     _put4,
     _put16,
     _rounded,
+    _rounded_e4m3,
     _rounded_signed,
     _sides,
     _signed_values,
@@ -34,8 +35,8 @@ from argus.backends.triton.words import (
 
 FLOAT32, FLOAT16, BFLOAT16, E4M3, CODES = (tl.constexpr(i) for i in range(5))
 """What the source is: numbers or E4M3 codes in natural order, or integer codes in fragment order."""
-RANGE, SYMMETRIC, CENTRED = (tl.constexpr(i) for i in range(3))
-"""How the target is quantized."""
+RANGE, SYMMETRIC, CENTRED, FLOATING = (tl.constexpr(i) for i in range(4))
+"""How the target is quantized; FLOATING: to E4M3, in natural order and for axis channel only."""
 
 
 @triton.jit
@@ -94,6 +95,14 @@ def _member_scales(base, lane, unit, TOKENS: tl.constexpr, G: tl.constexpr, D: t
 
 
 @triton.jit
+def _as_floats(w):
+    return (
+        w[0].to(tl.float32, bitcast=True), w[1].to(tl.float32, bitcast=True),
+        w[2].to(tl.float32, bitcast=True), w[3].to(tl.float32, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
 def _numbers(base, lane, S: tl.constexpr, M: tl.constexpr, SOURCE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr):
     """Four numbers of member M of a quartet from pages in natural order."""
     SIZE: tl.constexpr = 4 if SOURCE == FLOAT32 else 2
@@ -110,10 +119,7 @@ def _numbers(base, lane, S: tl.constexpr, M: tl.constexpr, SOURCE: tl.constexpr,
         else:
             x = _load2(at)
     if SOURCE == FLOAT32:
-        y = (
-            x[0].to(tl.float32, bitcast=True), x[1].to(tl.float32, bitcast=True),
-            x[2].to(tl.float32, bitcast=True), x[3].to(tl.float32, bitcast=True),
-        )  # fmt: skip
+        y = _as_floats(x)
     elif TOKENS:
         y = (_wide(x[0], SOURCE)[0], _wide(x[1], SOURCE)[0], _wide(x[2], SOURCE)[0], _wide(x[3], SOURCE)[0])
     else:
@@ -145,9 +151,11 @@ def _shrunk(s, BY: tl.constexpr):
 
 
 @triton.jit
-def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr):
+def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr):
     """The words of the four lanes that :func:`_across` left a quartet's groups in."""
     t = lane % 4
+    if L3 == 0:
+        t += lane & 16
     return (_lane_word(word, t), _lane_word(word, t + L1), _lane_word(word, t + L2), _lane_word(word, t + L1 + L2))
 
 
@@ -160,21 +168,18 @@ def _two(a, b):
 @triton.jit
 def _encoded(
     x, lane, first, second, at, held, scale_ptr, zero_ptr,
-    N: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, LENGTH: tl.constexpr,
+    N: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Words of codes of a quartet's N members, 4 N numbers; scales and zeros are stored."""
     L1: tl.constexpr = 16 if TOKENS else 4
     L2: tl.constexpr = 8
-    L3: tl.constexpr = 4 if TOKENS else 16
+    L3: tl.constexpr = 4 if TOKENS else (16 if G == 64 else 0)
     TOP: tl.constexpr = (1 << BITS) - 1
     words = ()
     if KIND == CENTRED:
-        SHARE: tl.constexpr = 1.0 / LENGTH
+        SHARE: tl.constexpr = 1.0 / G
         centre = _across(_inside(x, N, 0, TOKENS), first, second, L1, L2, L3, 0) * SHARE
-        t = lane % 4
-        c = (
-            _from_lane(centre, t), _from_lane(centre, t + L1), _from_lane(centre, t + L2), _from_lane(centre, t + L1 + L2)
-        )  # fmt: skip
+        c = _as_floats(_spread(centre.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         apart = ()
         for i in tl.static_range(4 * N):
             apart = apart + (tl.abs(x[i] - c[i % 4]),)
@@ -184,27 +189,23 @@ def _encoded(
         _put16(zero_ptr + at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
         for m in tl.static_range(N):
             words = words + (_sides(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], c),)
-    elif KIND == SYMMETRIC:
+    elif KIND != RANGE:
+        LIMIT: tl.constexpr = FP8_MAX if KIND == FLOATING else TOP >> 1
         sizes = ()
         for i in tl.static_range(4 * N):
             sizes = sizes + (tl.abs(x[i]),)
         largest = _across(_inside(sizes, N, 1, TOKENS), first, second, L1, L2, L3, 1)
-        scale = _round_up(_over(largest, largest * 0.0 + (TOP >> 1)))
+        scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
         inverse = 1.0 / step
-        steps = _spread(step.to(tl.int32, bitcast=True), lane, L1, L2)
-        inverses = _spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2)
-        s = (
-            steps[0].to(tl.float32, bitcast=True), steps[1].to(tl.float32, bitcast=True),
-            steps[2].to(tl.float32, bitcast=True), steps[3].to(tl.float32, bitcast=True),
-        )  # fmt: skip
-        y = (
-            inverses[0].to(tl.float32, bitcast=True), inverses[1].to(tl.float32, bitcast=True),
-            inverses[2].to(tl.float32, bitcast=True), inverses[3].to(tl.float32, bitcast=True),
-        )  # fmt: skip
+        s = _as_floats(_spread(step.to(tl.int32, bitcast=True), lane, L1, L2, L3))
+        y = _as_floats(_spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         for m in tl.static_range(N):
-            words = words + (_rounded_signed(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], s, y),)
+            if KIND == FLOATING:
+                words = words + (_rounded_e4m3(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], s, y),)
+            else:
+                words = words + (_rounded_signed(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], s, y),)
     else:
         high = _across(_inside(x, N, 1, TOKENS), first, second, L1, L2, L3, 1)
         low = _across(_inside(x, N, 2, TOKENS), first, second, L1, L2, L3, 2)
@@ -213,14 +214,10 @@ def _encoded(
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
         inverse = 1.0 / step
-        pairs = _spread(_two(step.to(tl.float16), zero), lane, L1, L2)
-        inverses = _spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2)
+        pairs = _spread(_two(step.to(tl.float16), zero), lane, L1, L2, L3)
+        y = _as_floats(_spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         a, b, c, d = _halves(pairs[0]), _halves(pairs[1]), _halves(pairs[2]), _halves(pairs[3])
         s, z = (a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1])
-        y = (
-            inverses[0].to(tl.float32, bitcast=True), inverses[1].to(tl.float32, bitcast=True),
-            inverses[2].to(tl.float32, bitcast=True), inverses[3].to(tl.float32, bitcast=True),
-        )  # fmt: skip
         for m in tl.static_range(N):
             words = words + (_rounded(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], s, y, z),)
     _put16(scale_ptr + at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
@@ -269,27 +266,39 @@ def _store_plane(
 
 
 @triton.jit
+def _store_rows(base, lane, codes, D: tl.constexpr):
+    """Axis channel, codes of 8 bits in natural order."""
+    at = base + (lane // 4 * 8) * D + lane % 4 * (D // 4)
+    for m in tl.static_range(8):
+        if D % 64 == 0:
+            for j in tl.static_range(D // 64):
+                _put4(at + m * D + j * 16, codes[32 * j + m], codes[32 * j + 8 + m], codes[32 * j + 16 + m], codes[32 * j + 24 + m])
+        else:
+            for j in tl.static_range(D // 32):
+                _put2(at + m * D + j * 8, codes[16 * j + m], codes[16 * j + 8 + m])
+
+
+@triton.jit
 def _recode_kernel(
     from_ptr, from_scale, from_zero, codes_ptr, scale_ptr, zero_ptr,
     D: tl.constexpr, SOURCE: tl.constexpr, FROM_BITS: tl.constexpr, FROM_SYMMETRIC: tl.constexpr, FROM_TOKENS: tl.constexpr,
-    FROM_G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    FROM_G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Encode 64 tokens of one head."""
     unit = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
     NS: tl.constexpr = 4 if TOKENS else D // 16
     N: tl.constexpr = D // 8 if TOKENS else 8
-    LENGTH: tl.constexpr = D if TOKENS else 64
     L1: tl.constexpr = 16 if TOKENS else 4
     first = (lane & L1) != 0
     second = (lane & 8) != 0
     # One lane of each pair that :func:`_across` left with the same group stores its scale.
-    held = (lane & (4 if TOKENS else 16)) == 0
+    held = (lane & (4 if TOKENS else (16 if G == 64 else 0))) == 0
     mine = first.to(tl.int32) + 2 * second.to(tl.int32)
     if TOKENS:
         to = (unit * 64 + lane % 4 * 16 + mine // 2 * 8 + mine % 2) * 2
     else:
-        to = (unit * D + lane % 4 * (D // 4) + mine) * 2
+        to = ((unit * (64 // G) + lane // 4 * 8 // G) * D + lane % 4 * (D // 4) + mine) * 2
     PER: tl.constexpr = 4 if TOKENS else 8
     # Words of source codes come with them at the top of their bytes.
     TIMES: tl.constexpr = 1.0 / (1 << (8 - FROM_BITS))
@@ -338,10 +347,12 @@ def _recode_kernel(
                 x = x + _numbers(base, lane, S, m, SOURCE, TOKENS, D)
         codes = codes + _encoded(
             x, lane, first, second, to + S * PER, held, scale_ptr.to(tl.int64), zero_ptr.to(tl.int64),
-            N, KIND, BITS, TOKENS, LENGTH,
+            N, KIND, BITS, TOKENS, G,
         )  # fmt: skip
     target = codes_ptr.to(tl.int64) + unit * (8 * D * BITS)
-    if BITS & 8:
+    if KIND == FLOATING:
+        _store_rows(target, lane, codes, D)
+    elif BITS & 8:
         _store_plane(target, lane, codes, 0, 8, D, NS, N)
     if BITS & 4:
         _store_plane(target, lane, codes, 0, 4, D, NS, N)

@@ -86,6 +86,23 @@ def _rounded_signed(x0, x1, x2, x3, step, inverse):
 
 
 @triton.jit
+def _rounded_e4m3(x0, x1, x2, x3, step, inverse):
+    """A word of four E4M3 codes of ``x / step``; a zero keeps its sign."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .f32 a, b, c, d, e, f, g, h; .reg .b16 p, q;
+        mul.rn.f32 e, $1, $9; mul.rn.f32 f, $2, $10; mul.rn.f32 g, $3, $11; mul.rn.f32 h, $4, $12;
+        neg.f32 a, $1; neg.f32 b, $2; neg.f32 c, $3; neg.f32 d, $4;
+        fma.rn.f32 a, $5, e, a; fma.rn.f32 b, $6, f, b; fma.rn.f32 c, $7, g, c; fma.rn.f32 d, $8, h, d;
+        neg.f32 a, a; neg.f32 b, b; neg.f32 c, c; neg.f32 d, d;
+        fma.rn.f32 e, a, $9, e; fma.rn.f32 f, b, $10, f; fma.rn.f32 g, c, $11, g; fma.rn.f32 h, d, $12, h;
+        cvt.rn.satfinite.e4m3x2.f32 p, f, e; cvt.rn.satfinite.e4m3x2.f32 q, h, g; mov.b32 $0, {p, q}; }""",
+        "=r,f,f,f,f,f,f,f,f,f,f,f,f",
+        [x0, x1, x2, x3, step[0], step[1], step[2], step[3], inverse[0], inverse[1], inverse[2], inverse[3]],
+        dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _sides(x0, x1, x2, x3, centre):
     """A word of bytes that are all ones where ``x >= centre``, and else 0."""
     return tl.inline_asm_elementwise(
@@ -120,14 +137,16 @@ def _either(a, b, OP: tl.constexpr):
 
 @triton.jit
 def _across(x, first, second, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr, OP: tl.constexpr):
-    """Join four numbers over the eight lanes that differ in the bits L1, L2 and L3, in that order.
+    """Join four numbers over the eight lanes that differ in the bits L1, L2 and L3, in that order; L3 0: over four lanes.
 
     A lane keeps one of them, ``first + 2 * second``: what tells it are its bits L1 and L2.
     """
     a = _either(tl.where(first, x[1], x[0]), _xor(tl.where(first, x[0], x[1]), L1), OP)
     b = _either(tl.where(first, x[3], x[2]), _xor(tl.where(first, x[2], x[3]), L1), OP)
     c = _either(tl.where(second, b, a), _xor(tl.where(second, a, b), L2), OP)
-    return _either(c, _xor(c, L3), OP)
+    if L3 > 0:
+        c = _either(c, _xor(c, L3), OP)
+    return c
 
 
 @triton.jit
