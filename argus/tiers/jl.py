@@ -15,7 +15,6 @@ from argus.hookspecs import hookimpl
 from argus.tiers.base import Role, Tier, TierConfig, Tools
 
 
-
 class JlConfig(TierConfig):
     """Options of jl.
 

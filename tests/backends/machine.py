@@ -29,6 +29,14 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(middle & (lost != 0), np.nextafter(total, away), total).astype(np.float32)
 
 
+def arithmetic(name: str, a: Sequence[np.ndarray]) -> np.ndarray:
+    if name == "fma.rn.f32":
+        return fused(*a)
+    if name == "neg.f32":
+        return -a[0]
+    return {"sub.rn.f32": np.subtract, "add.rn.f32": np.add, "mul.rn.f32": np.multiply}[name](*a)
+
+
 def prmt(a: np.ndarray, b: np.ndarray, which: int) -> np.ndarray:
     pool = np.concatenate([x.view(np.uint8).reshape(-1, 4) for x in (a, b)], 1)
     return np.ascontiguousarray(pool[:, [(which >> (4 * i)) & 7 for i in range(4)]]).view(np.int32)[:, 0]
@@ -91,14 +99,6 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
         elif name == "set.ge.u32.f32":
             y = np.where(number(x[0]) >= number(x[1]), -1, 0).astype(np.int32)
         else:
-            a = [number(one) for one in x]
-            operation = {
-                "sub.rn.f32": lambda: a[0] - a[1],
-                "add.rn.f32": lambda: a[0] + a[1],
-                "mul.rn.f32": lambda: a[0] * a[1],
-                "neg.f32": lambda: -a[0],
-                "fma.rn.f32": lambda: fused(*a),
-            }[name]
-            y = operation().view(np.int32)
+            y = arithmetic(name, [number(one) for one in x]).view(np.int32)
         held[to] = y
     return [held[f"${i}"] for i in range(outputs)]

@@ -1,4 +1,4 @@
-"""Pages encoded straight from what another tier keeps: bit by bit what decoding and encoding make, and the CPU backend's codes."""
+"""Pages encoded straight from what another tier keeps: bit by bit what decoding and encoding make, and the oracle's codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from argus.backends.base import Affine, Backend, Float8, Plain, Projected  # noqa: E402
+from argus.backends.base import PREFIX, Affine, Backend, Float8, Plain, Projected  # noqa: E402
 from argus.backends.cpu import CpuBackend  # noqa: E402
 from argus.backends.triton import archive, convert, layout  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
@@ -98,7 +98,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module.torch, "empty", poisoned)
 
 
-def pages(page: int, dim: int, count: int = 2) -> torch.Tensor:
+def pages(page: int, dim: int, count: int = 1) -> torch.Tensor:
     """Pages whose channels and tokens differ in size; a channel constant, one zero, one of few numbers, and a token zero."""
     generator = torch.Generator().manual_seed(page + dim)
     x = torch.randn(count, 1, 1, page, dim, generator=generator)
@@ -120,10 +120,10 @@ def equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
         assert torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8)), name
 
 
-def check(first: object, second: object, page: int, dim: int, kernel: bool | None = None) -> None:
+def check(first: object, second: object, page: int, dim: int, kernel: bool | None = None, count: int = 1) -> None:
     backend = TritonBackend()
     source, target = Kept(backend, first), Kept(backend, second)
-    held = source.encode(pages(page, dim), "keys")
+    held = source.encode(pages(page, dim, count), "keys")
     before = {name: tensor.clone() for name, tensor in held.items()}
     got = backend.recode(source, target, held, "keys")
     equal(held, before)
@@ -147,7 +147,7 @@ def same_as_oracle(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], 
 @pytest.mark.parametrize(("first", "second"), DEFAULT, ids=[f"{a}-to-{b}" for a, b in DEFAULT])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_default_ladder_takes_kernels(first: str, second: str, dim: int) -> None:
-    check(FORMS[first], FORMS[second], 64, dim, kernel=True)
+    check(FORMS[first], FORMS[second], 64, dim, kernel=True, count=3 if dim == 64 else 1)
 
 
 @pytest.mark.parametrize(("first", "second"), OTHERS, ids=[f"{a}-to-{b}" for a, b in OTHERS])
@@ -156,18 +156,32 @@ def test_any_forms(first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "dim"), [(128, 32), (64, 256), (64, 96), (24, 80), (48, 64)])
-@pytest.mark.parametrize(("first", "second"), [("fp8", "int8"), ("int4-token", "int2-token"), ("int2", "sign"), ("fp16", "sign-token")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("fp8", "int8"), ("int4-token", "int2-token"), ("int2", "sign"), ("fp16", "sign-token"), ("fp16", "fp8")],
+)
 def test_any_shape(first: str, second: str, page: int, dim: int) -> None:
-    forms = [Float8("channel", 8) if first == "fp8" and page % 32 else FORMS[first], FORMS[second]]
+    forms = [Float8("channel", 8) if name == "fp8" and page % 32 else FORMS[name] for name in (first, second)]
     check(*forms, page, dim)
 
 
 @pytest.mark.parametrize("name", ["sign", "sign-token", "int4", "int4-token", "int8-token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_numbers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PLAIN", {axis: ("sign", "range") for axis in ("channel", "token")})
+    monkeypatch.setattr(convert, "PLAIN", dict.fromkeys(("channel", "token"), ("sign", "range", "e4m3")))
+    x, form = pages(64, 64).to(dtype), FORMS[name]
+    same_as_oracle(TritonBackend().quantize(x, form), CpuBackend().quantize(x.float().cpu(), form), form, 64, 64)
+
+
+@pytest.mark.parametrize("form", [Float8("channel", 32), Float8("channel"), Float8("token"), Float8("channel", 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_plain_numbers_to_e4m3(form: Float8, dtype: torch.dtype) -> None:
     x = pages(64, 64).to(dtype)
-    same_as_oracle(TritonBackend().quantize(x, FORMS[name]), CpuBackend().quantize(x.float().cpu(), FORMS[name]), FORMS[name], 64, 64)
+    x[..., 11, ::3] = -0.0
+    equal(
+        {name: tensor.cpu() for name, tensor in TritonBackend().to_fp8(x, form).items()},
+        CpuBackend().to_fp8(x.float().cpu(), form),
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -225,9 +239,8 @@ def near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], inner: obj
     assert torch.equal(got["mean"].cpu(), want["mean"])
     assert got.keys() == want.keys()
     oracle = Kept(CpuBackend(), inner)
-    a, b = (
-        oracle.decode({k.removeprefix("coefficients."): v.cpu() for k, v in kept.items() if k != "mean"}, "keys") for kept in (got, want)
-    )
+    kept = [{name.removeprefix(PREFIX): x.cpu() for name, x in one.items() if name != "mean"} for one in (got, want)]
+    a, b = (oracle.decode(one, "keys") for one in kept)
     assert a.shape == b.shape
     same = (a - b).abs() <= 1e-5 * b.abs().amax()
     assert float(same.float().mean()) >= 0.998

@@ -1,4 +1,4 @@
-"""One kernel from pages, or codes of a stage, to projected pages: mean, coefficients, and their codes, with nothing between."""
+"""Projecting pages, and one kernel from pages or codes of a stage to their archive: mean, coefficients, and codes of these."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
-from argus.backends.triton.codec import _affine, _code, _grid, _over, _rounded_even, _round_up, _unpack, _whole, shape_of
+from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _unpack, _whole, shape_of
 from argus.backends.triton.forms import ELEMENTS
 
 PRECISION = "tf32x3"
@@ -17,8 +17,32 @@ PRECISION = "tf32x3"
 
 
 @triton.jit
-def _planar_plane(codes, out, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr,
-                  R: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _project_kernel(
+    x_ptr, matrix_ptr, out_ptr, rows, tokens, dim,
+    MB: tl.constexpr, PB: tl.constexpr, DB: tl.constexpr,
+):  # fmt: skip
+    """One page's ``matrix @ x``."""
+    page = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * MB + tl.arange(0, MB)
+    channel = tl.program_id(2) * DB + tl.arange(0, DB)
+    total = tl.zeros((MB, DB), tl.float32)
+    for start in range(0, tokens, PB):
+        token = start + tl.arange(0, PB)
+        seen = token < tokens
+        w = tl.load(matrix_ptr + row[:, None] * tokens + token[None, :], mask=(row < rows)[:, None] & seen[None, :], other=0.0)
+        at = (page * tokens + token[:, None]) * dim + channel[None, :]
+        x = tl.load(x_ptr + at, mask=seen[:, None] & (channel < dim)[None, :], other=0.0)
+        total = tl.dot(w, x.to(tl.float32), total, input_precision="ieee")
+    at = (page * rows + row[:, None]) * dim + channel[None, :]
+    tl.store(out_ptr + at, total, mask=(row < rows)[:, None] & (channel < dim)[None, :])
+
+
+@triton.jit
+def _planar_plane(
+    codes, out, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Store one plane of codes ``[R, D]``, as :func:`argus.backends.cpu.pack` packs them."""
     F: tl.constexpr = 8 // BITS
     W: tl.constexpr = D // F
     low = (codes >> SHIFT) & ((1 << BITS) - 1)
@@ -172,3 +196,16 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payloa
             page, dim, rows, *reading, *writing, PRECISION, num_warps=max(4, tuning.codec_warps(page * dim)),
         )  # fmt: skip
     return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
+
+
+def project(x: Tensor, matrix: Tensor) -> Tensor:
+    """See :meth:`argus.backends.base.Backend.project`."""
+    *head, tokens, dim = x.shape
+    rows = matrix.shape[0]
+    x, matrix = x.contiguous(), matrix.to(torch.float32).contiguous()
+    out = torch.empty(*head, rows, dim, dtype=torch.float32, device=x.device)
+    mb, pb, db = (max(16, min(64, triton.next_power_of_2(size))) for size in (rows, tokens, dim))
+    if out.numel():
+        grid = (x.numel() // (tokens * dim), triton.cdiv(rows, mb), triton.cdiv(dim, db))
+        _project_kernel[grid](x, matrix, out, rows, tokens, dim, mb, pb, db)
+    return out

@@ -72,9 +72,9 @@ class TritonBackend(CpuBackend):
         return codec.to_fp8(x, form) if made is None else made
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
-        from argus.backends.triton import codec
+        from argus.backends.triton import archive
 
-        return codec.project(x, matrix)
+        return archive.project(x, matrix)
 
     def encode(self, x: Tensor, form: object) -> Payload:
         if isinstance(form, Projected):

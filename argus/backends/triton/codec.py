@@ -266,27 +266,6 @@ def _unpack_kernel(
     tl.store(out_ptr + page * P * D + token * D + channel, x)
 
 
-@triton.jit
-def _project_kernel(
-    x_ptr, matrix_ptr, out_ptr, rows, tokens, dim,
-    MB: tl.constexpr, PB: tl.constexpr, DB: tl.constexpr,
-):  # fmt: skip
-    """One page's ``matrix @ x``."""
-    page = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * MB + tl.arange(0, MB)
-    channel = tl.program_id(2) * DB + tl.arange(0, DB)
-    total = tl.zeros((MB, DB), tl.float32)
-    for start in range(0, tokens, PB):
-        token = start + tl.arange(0, PB)
-        seen = token < tokens
-        w = tl.load(matrix_ptr + row[:, None] * tokens + token[None, :], mask=(row < rows)[:, None] & seen[None, :], other=0.0)
-        at = (page * tokens + token[:, None]) * dim + channel[None, :]
-        x = tl.load(x_ptr + at, mask=seen[:, None] & (channel < dim)[None, :], other=0.0)
-        total = tl.dot(w, x.to(tl.float32), total, input_precision="ieee")
-    at = (page * rows + row[:, None]) * dim + channel[None, :]
-    tl.store(out_ptr + at, total, mask=(row < rows)[:, None] & (channel < dim)[None, :])
-
-
 def _whole(*sizes: int) -> bool:
     """Whether a page of these sizes is one Triton block."""
     return all(size & (size - 1) == 0 for size in sizes)
@@ -394,16 +373,3 @@ def dequantize(payload: Payload, form: Affine) -> Tensor:
 def one_block(page: int, dim: int) -> bool:
     """Whether :func:`dequantize` reads pages of this shape."""
     return layout.in_fragments(page, dim) and _whole(page, dim)
-
-
-def project(x: Tensor, matrix: Tensor) -> Tensor:
-    """See :meth:`argus.backends.base.Backend.project`."""
-    *head, tokens, dim = x.shape
-    rows = matrix.shape[0]
-    x, matrix = x.contiguous(), matrix.to(torch.float32).contiguous()
-    out = torch.empty(*head, rows, dim, dtype=torch.float32, device=x.device)
-    mb, pb, db = (max(16, min(64, triton.next_power_of_2(size))) for size in (rows, tokens, dim))
-    if out.numel():
-        grid = (x.numel() // (tokens * dim), triton.cdiv(rows, mb), triton.cdiv(dim, db))
-        _project_kernel[grid](x, matrix, out, rows, tokens, dim, mb, pb, db)
-    return out

@@ -14,7 +14,8 @@ ASSEMBLED = not INTERPRETED
 """Whether inline assembly runs: the interpreter knows none."""
 PLAIN = {"channel": ("sign", "e4m3"), "token": ("sign", "range")}
 """Which codes of plain numbers this kernel makes, an axis; the others go to those that take a page as a block."""
-FLOAT32, FLOAT16, BFLOAT16, E4M3, CODES = (x.value for x in (recode.FLOAT32, recode.FLOAT16, recode.BFLOAT16, recode.E4M3, recode.CODES))
+FLOAT32, FLOAT16, BFLOAT16 = (x.value for x in (recode.FLOAT32, recode.FLOAT16, recode.BFLOAT16))
+E4M3, CODES = recode.E4M3.value, recode.CODES.value
 RANGE, SYMMETRIC, CENTRED, FLOATING = (x.value for x in (recode.RANGE, recode.SYMMETRIC, recode.CENTRED, recode.FLOATING))
 NUMBERS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 

@@ -17,7 +17,6 @@ from argus.backends.triton.lanes import _from_e4m3, _halves, _load1, _load2, _lo
 from argus.backends.triton.words import (
     _across,
     _byte,
-    _either,
     _inside,
     _joined,
     _lane_word,
@@ -272,7 +271,10 @@ def _store_rows(base, lane, codes, D: tl.constexpr):
     for m in tl.static_range(8):
         if D % 64 == 0:
             for j in tl.static_range(D // 64):
-                _put4(at + m * D + j * 16, codes[32 * j + m], codes[32 * j + 8 + m], codes[32 * j + 16 + m], codes[32 * j + 24 + m])
+                _put4(
+                    at + m * D + j * 16,
+                    codes[32 * j + m], codes[32 * j + 8 + m], codes[32 * j + 16 + m], codes[32 * j + 24 + m],
+                )  # fmt: skip
         else:
             for j in tl.static_range(D // 32):
                 _put2(at + m * D + j * 8, codes[16 * j + m], codes[16 * j + 8 + m])
