@@ -39,7 +39,11 @@ def arithmetic(name: str, a: Sequence[np.ndarray]) -> np.ndarray:
 
 def prmt(a: np.ndarray, b: np.ndarray, which: int) -> np.ndarray:
     pool = np.concatenate([x.view(np.uint8).reshape(-1, 4) for x in (a, b)], 1)
-    return np.ascontiguousarray(pool[:, [(which >> (4 * i)) & 7 for i in range(4)]]).view(np.int32)[:, 0]
+    picks = np.ascontiguousarray(pool[:, [(which >> (4 * i)) & 7 for i in range(4)]])
+    for i in range(4):
+        if which >> (4 * i) & 8:
+            picks[:, i] = np.where(picks[:, i] & 128, 255, 0)
+    return picks.view(np.int32)[:, 0]
 
 
 def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
@@ -96,8 +100,8 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
             y = low.astype(np.int32) | (high.astype(np.int32) << 8)
         elif name == "setp.ne.b32":
             y = x[0] != x[1]
-        elif name == "set.ge.u32.f32":
-            y = np.where(number(x[0]) >= number(x[1]), -1, 0).astype(np.int32)
+        elif name == "not.b32":
+            y = ~x[0]
         else:
             y = arithmetic(name, [number(one) for one in x]).view(np.int32)
         held[to] = y

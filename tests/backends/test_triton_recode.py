@@ -235,15 +235,16 @@ def test_projected_shapes(page: int, dim: int, ratio: int) -> None:
 
 
 def near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], inner: object) -> None:
-    """Means equal; coefficients as near as a product in float32 is, each code off by no more than that explains."""
+    """Means equal, coefficients as near as a product in float32 is; few codes or scales next to those of the oracle."""
     assert torch.equal(got["mean"].cpu(), want["mean"])
     assert got.keys() == want.keys()
     oracle = Kept(CpuBackend(), inner)
     kept = [{name.removeprefix(PREFIX): x.cpu() for name, x in one.items() if name != "mean"} for one in (got, want)]
     a, b = (oracle.decode(one, "keys") for one in kept)
     assert a.shape == b.shape
-    same = (a - b).abs() <= 1e-5 * b.abs().amax()
-    assert float(same.float().mean()) >= 0.998
+    if inner == Plain():
+        assert float((a - b).norm() / b.norm()) <= 2e-6
+    assert float(((a - b).abs() <= 2e-3 * b.abs().amax()).float().mean()) >= 0.998
 
 
 def test_no_pages() -> None:

@@ -179,15 +179,18 @@ def _encoded(
         SHARE: tl.constexpr = 1.0 / G
         centre = _across(_inside(x, N, 0, TOKENS), first, second, L1, L2, L3, 0) * SHARE
         c = _as_floats(_spread(centre.to(tl.int32, bitcast=True), lane, L1, L2, L3))
+        rest = ()
         apart = ()
         for i in tl.static_range(4 * N):
-            apart = apart + (tl.abs(x[i] - c[i % 4]),)
+            one = x[i] - c[i % 4]
+            rest = rest + (one,)
+            apart = apart + (tl.abs(one),)
         far = _across(_inside(apart, N, 0, TOKENS), first, second, L1, L2, L3, 0) * SHARE
         scale = (2.0 * far).to(tl.float16)
         zero = (centre - far).to(tl.float16)
         _put16(zero_ptr + at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
         for m in tl.static_range(N):
-            words = words + (_sides(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], c),)
+            words = words + (_sides(rest[4 * m], rest[4 * m + 1], rest[4 * m + 2], rest[4 * m + 3]),)
     elif KIND != RANGE:
         LIMIT: tl.constexpr = FP8_MAX if KIND == FLOATING else TOP >> 1
         sizes = ()

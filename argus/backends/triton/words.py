@@ -103,14 +103,12 @@ def _rounded_e4m3(x0, x1, x2, x3, step, inverse):
 
 
 @triton.jit
-def _sides(x0, x1, x2, x3, centre):
-    """A word of bytes that are all ones where ``x >= centre``, and else 0."""
+def _sides(x0, x1, x2, x3):
+    """A word of bytes that are 0 where x is below 0, and else all ones: ``prmt`` repeats a byte's sign where bit 3 is set."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q, r, s;
-        set.ge.u32.f32 p, $1, $5; set.ge.u32.f32 q, $2, $6; set.ge.u32.f32 r, $3, $7; set.ge.u32.f32 s, $4, $8;
-        prmt.b32 p, p, q, 0x0040; prmt.b32 r, r, s, 0x0040; prmt.b32 $0, p, r, 0x5410; }""",
-        "=r,f,f,f,f,f,f,f,f", [x0, x1, x2, x3, centre[0], centre[1], centre[2], centre[3]],
-        dtype=tl.int32, is_pure=True, pack=1,
+        """{ .reg .b32 a, b, c, d, p, q; mov.b32 a, $1; mov.b32 b, $2; mov.b32 c, $3; mov.b32 d, $4;
+        prmt.b32 p, a, b, 0x00FB; prmt.b32 q, c, d, 0x00FB; prmt.b32 p, p, q, 0x5410; not.b32 $0, p; }""",
+        "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
