@@ -14,6 +14,8 @@ from argus.backends.triton.forms import ELEMENTS
 
 PRECISION = "tf32x3"
 """How coefficients are multiplied: ``tf32x3`` on tensor cores, with an error near float32's, or ``ieee`` on ordinary ones."""
+WARPS = 4
+"""Warps of a program, at least."""
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payloa
         out = kept["codes"].view(torch.uint8) if affine else kept["codes"]
         _archive_kernel[(mean.numel() // dim,)](
             x, scale, zero, matrix, mean, out, kept.get("scale", mean), kept.get("zero", mean),
-            page, dim, rows, *reading, *writing, PRECISION, num_warps=max(4, tuning.codec_warps(page * dim)),
+            page, dim, rows, *reading, *writing, PRECISION, num_warps=max(WARPS, tuning.codec_warps(page * dim)),
         )  # fmt: skip
     return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
 
