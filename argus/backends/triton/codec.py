@@ -47,8 +47,8 @@ def _over(x, step):
     else:
         inverse = 1.0 / step
         q = x * inverse
-        # Signs so that a zero keeps its own.
-        q = tl.fma(-tl.fma(step, q, -x), inverse, q)
+        # Signs so that a zero keeps its own; Triton's minus is 0 - x, which does not.
+        q = tl.fma(tl.fma(step, q, x * -1.0) * -1.0, inverse, q)
     return q
 
 
