@@ -260,8 +260,14 @@ class LayerCache:
                 self.pools[source].remove(block)
                 payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
                 for role in ROLES:
+<<<<<<< HEAD
                     decoded = self.plan.stages[source].tier(role).decode(payload_of(slab, role), role)
                     payload |= self._encode(target, decoded, role, source + 1)
+=======
+                    first, second = (self.plan.stages[stage].tier(role) for stage in (source, target))
+                    kept = self.plan.backend.recode(first, second, payload_of(slab, role), role)
+                    payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
+>>>>>>> encode
                 self.pools[target].add(payload, block)
                 for page in block:
                     self.where[page] = target

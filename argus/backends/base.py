@@ -25,6 +25,9 @@ Payload = dict[str, Tensor]
 """What a tier keeps of ``n`` pages: named tensors, each ``[n, B, ...]``."""
 
 
+PREFIX = "coefficients."
+"""Names of what is kept of a projected page's coefficients begin so."""
+
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits of each plane that a code is cut into, low bits first: only powers of two pack exactly into bytes."""
 
@@ -42,12 +45,16 @@ class Affine:
         Numbers that share a scale and a zero; None: the whole axis of a page.
     symmetric : bool
         Codes are signed about zero and no zero is kept.
+    centred : bool
+        Of one bit only: :meth:`Backend.quantize` chooses ``zero`` and ``zero + scale`` at the group's mean less and plus
+        the mean distance from it, and the code by the side of the mean. Codes are read the same either way.
     """
 
     bits: int
     axis: Axis
     group: int | None = None
     symmetric: bool = False
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class Float8:
 
 @dataclass(frozen=True)
 class Plain:
-    """Floating-point numbers as they are, under the name ``codes``."""
+    """Floating-point numbers as they are, under the name ``codes``; who writes them tells their dtype."""
+
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Projected:
 
     Attributes
     ----------
-    inner : Affine, Float8 or Plain
-        Of the coefficients ``c [n, B, H, P / ratio, D]``.
+    inner : Affine, Float8, Plain, or another
+        Of the coefficients ``c [n, B, H, P / ratio, D]``; encoded, they are ``c = W / P (x - mean)`` with ``W`` the matrix.
     ratio : int
         Tokens a coefficient row.
     unbiased : bool
@@ -191,6 +200,24 @@ def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:
     return x.unflatten(dim, (-1, group or x.shape[dim])), dim
 
 
+def folded(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Sum along a dimension (negative) in an order that kernels keep too, so that their sums are the same bit by bit.
+
+    Numbers are added in pairs until one is left: neighbours where groups run along tokens (``channel``), the first half to
+    the second where they run along channels (``token``). An odd one out waits for the next round.
+    """
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        pairs = x.narrow(dim, 0, 2 * half)
+        if axis == "channel":
+            first, second = pairs.unflatten(dim, (half, 2)).unbind(dim)
+        else:
+            first, second = pairs.split(half, dim)
+        total = first + second
+        x = torch.cat([total, x.narrow(dim, size - 1, 1)], dim) if size % 2 else total
+    return x.squeeze(dim)
+
+
 @dataclass(frozen=True)
 class Dense:
     """Tokens kept exact, as the backend sees them: the window, or what anchors chose.
@@ -275,7 +302,7 @@ class Backend(ABC):
         dict of str to Tensor
             ``codes`` uint8 (or int8, symmetric), ``scale`` float16 and, unless symmetric, ``zero`` float16. Scales and
             zeros are ``[n, B, H, P/g, D]`` for ``channel`` and ``[n, B, H, P, D/g]`` for ``token``. Codes are computed
-            from the rounded scale and zero.
+            from the rounded scale and zero; those of a centred form from the mean, its sum taken as :func:`folded` tells.
         """
 
     @abstractmethod
@@ -305,6 +332,39 @@ class Backend(ABC):
     @abstractmethod
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Apply ``matrix [M, P]`` to the token axis of pages: ``[n, B, H, M, D]`` float32."""
+
+    def encode(self, x: Tensor, form: object) -> Payload:
+        """Encode pages for a form: what the operations above make of them.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[n, B, H, P, D]`` float32, finite.
+        form : Affine, Float8, Plain or Projected
+            Plain numbers take the form's dtype, or keep theirs; what is projected has a form of these inside.
+        """
+        match form:
+            case Affine():
+                return self.quantize(x, form)
+            case Float8():
+                return self.to_fp8(x, form)
+            case Plain():
+                return {"codes": x if form.dtype is None else x.to(form.dtype)}
+            case Projected():
+                page = x.shape[-2]
+                mean = (x.sum(-2, dtype=torch.float64) / page).float().to(torch.float16)
+                rest = x - mean.float().unsqueeze(-2)
+                kept = self.encode(self.project(rest, form.matrix(page, x) / page), form.inner)
+                return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
+        raise TypeError(f"no pages can be encoded as {form}")
+
+    def recode(self, source: Tier, target: Tier, payload: Payload, role: Role) -> Payload:
+        """Pages that `source` keeps as `target` keeps them: ``target.encode(source.decode(payload, role), role)``, bit by bit.
+
+        A backend may take a shorter way where :meth:`argus.tiers.base.Tier.form` and :meth:`argus.tiers.base.Tier.target`
+        tell how; `payload` is never touched, but the answer may share tensors with it.
+        """
+        return target.encode(source.decode(payload, role), role)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that it holds for pages that are held, such as tables of where they lie."""

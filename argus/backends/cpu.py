@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from argus.attention import DENSE_BUDGET, DensePart, Part, Query, SinkPart, answer_bounded, limit
-from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, grouped, visible_pages
+from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, folded, grouped, visible_pages
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
@@ -93,6 +93,11 @@ class CpuBackend(Backend):
             step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
             codes = (parts / step).round_().clamp_(-half, half).to(torch.int8)
             return {"codes": codes.view(x.shape), "scale": scale}
+        if form.centred:
+            centre = folded(parts, dim, form.axis) / parts.shape[dim]
+            apart = folded((parts - centre.unsqueeze(dim)).abs_(), dim, form.axis) / parts.shape[dim]
+            codes = (parts >= centre.unsqueeze(dim)).to(torch.uint8).view(x.shape)
+            return self.affine(codes, (2 * apart).to(torch.float16), (centre - apart).to(torch.float16), form)
         low, high = torch.aminmax(parts, dim=dim)
         zero = round_down(low)
         scale = round_up((high - zero.float()) / top)

@@ -11,12 +11,16 @@ from torch import Tensor
 from argus.attention import Query
 from argus.backends.base import Affine, Axis, Backend, Dense, Float8, Payload, Segment
 from argus.backends.cpu import CpuBackend
-from argus.testing.base import Contract, normal
+from argus.testing.base import Contract, normal, same
 from argus.testing.tiers import maker
-from argus.tiers.base import Tier
+from argus.tiers.base import ROLES, Tier
+from argus.tiers.fp8 import Fp8
+from argus.tiers.fp16 import Fp16
 from argus.tiers.int4 import Int4
 from argus.tiers.int8 import Int8
 from argus.tiers.integer import Int3
+from argus.tiers.jl import Jl
+from argus.tiers.sign import Sign
 
 SHAPES = ((1, 1, 1, 8, 16), (3, 2, 5, 16, 24))
 """Pages ``[n, B, H, P, D]``: one of each, and odd counts."""
@@ -28,8 +32,8 @@ def check_backend(backend: Backend, *, device: torch.device | str = "cpu") -> No
     """Check that a backend keeps its contract.
 
     Codes within half a step of the source for scales that all differ, 1 to 8 bits, both axes, several groups; packing exact;
-    FP8 torch's own cast; projection a matrix product; attention over pages and exact tokens equal to the CPU backend's; and
-    no global random state touched.
+    FP8 torch's own cast; signs about the mean the CPU backend's; projection a matrix product; recoding what decoding and
+    encoding make; attention over pages and exact tokens equal to the CPU backend's; and no global random state touched.
 
     Parameters
     ----------
@@ -52,7 +56,9 @@ def check_backend(backend: Backend, *, device: torch.device | str = "cpu") -> No
                     for bits in range(1, 9):
                         check_affine(contract, backend, x, Affine(bits, axis, group))
                     check_affine(contract, backend, x, Affine(8, axis, group, symmetric=True))
+                    check_centred(contract, backend, x, Affine(1, axis, group, centred=True))
             check_project(contract, backend, x)
+            check_recode(contract, backend, x)
         for query_tokens, start in ((1, 60), (3, 60), (5, 20)):
             check_attend(contract, backend, torch.device(device), query_tokens, start)
 
@@ -100,6 +106,36 @@ def check_affine(contract: Contract, backend: Backend, x: Tensor, form: Affine) 
     wanted = codes.float() * spread(payload["scale"], x, form) + spread(payload["zero"], x, form)
     off = float(((backend.dequantize(packed, form) - wanted).abs() / wanted.abs().amax()).amax())
     words.require(off <= 1e-6, f"codes that a tier chose come back {off:.4g} of the largest number away")
+
+
+def check_centred(contract: Contract, backend: Backend, x: Tensor, form: Affine) -> None:
+    """One bit about the mean: the CPU backend's codes and scales, since both add in the same order."""
+    words = contract.at(f"pages {list(x.shape)}, {form}")
+    payload = backend.quantize(x, form)
+    require_scales(words, payload, {"codes", "scale", "zero"}, x, form)
+    oracle = CpuBackend()
+    found = backend.dequantize(payload, form).cpu()
+    wanted = oracle.dequantize(oracle.quantize(x.cpu(), form), form)
+    other = int((found != wanted).sum())
+    words.require(other == 0, f"{other} of {x.numel()} numbers are read otherwise than the CPU backend's")
+
+
+def check_recode(contract: Contract, backend: Backend, x: Tensor) -> None:
+    """Pages encoded from another tier's codes are those that are decoded between, and the codes are left alone."""
+    tiers = [tier_on(kind, backend) for kind in (Fp16, Fp8, Int8, Int4, Int3, Sign, Jl)]
+    for source in tiers:
+        for role in ROLES:
+            held = source.encode(x, role)
+            before = {name: tensor.clone() for name, tensor in held.items()}
+            for target in tiers:
+                pair = f"{type(source).__name__.lower()} to {type(target).__name__.lower()}"
+                words = contract.at(f"pages {list(x.shape)}, {role}, {pair}")
+                found = backend.recode(source, target, held, role)
+                wanted = target.encode(source.decode(held, role), role)
+                words.require(found.keys() == wanted.keys(), f"payload holds {sorted(found)}, not {sorted(wanted)}")
+                for name, tensor in wanted.items():
+                    words.require(same(found[name], tensor), f"'{name}' is not what decoding and encoding make")
+                    words.require(same(held[name], before[name]) if name in held else True, f"recoding changes '{name}'")
 
 
 def check_float8(contract: Contract, backend: Backend, x: Tensor, form: Float8) -> None:
@@ -165,4 +201,4 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
 
 def tier_on(kind: type[Tier], backend: Backend) -> Tier:
     """A built-in tier on a backend."""
-    return maker(kind, {}, backend, {})(torch.float16)
+    return maker(kind, {}, backend, {"fp16": Fp16})(torch.float16)

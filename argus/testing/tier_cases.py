@@ -62,6 +62,7 @@ def check_pages(it: Subject) -> None:
     check_untouched(it)
     check_independent(it)
     check_form(it)
+    check_target(it)
     check_shared(it)
 
 
@@ -238,6 +239,19 @@ def check_form(it: Subject) -> None:
     x = it.pages()
     payload = it.tier.encode(x, it.role)
     near(it, it.case(f"read as {form}"), reader(payload), it.tier.decode(payload, it.role), x)
+
+
+def check_target(it: Subject) -> None:
+    """A tier that tells the form it encodes for leaves nothing of its own to do."""
+    target = it.tier.target(it.role)
+    if target is None:
+        return
+    x = it.pages()
+    found, wanted = it.tier.tools.backend.encode(x, target), it.tier.encode(x, it.role)
+    words = it.case(f"encoded for {target}")
+    words.require(found.keys() == wanted.keys(), f"payload holds {sorted(found)}, not {sorted(wanted)}")
+    for name, tensor in wanted.items():
+        words.require(same(found[name], tensor), f"'{name}' is not what encode makes")
 
 
 def check_shared(it: Subject) -> None:

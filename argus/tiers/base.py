@@ -101,6 +101,13 @@ class Tier(ABC):
         """How a backend may read the codes in place, by a form it knows or :class:`argus.backends.base.Loaded`; None: not."""
         return None
 
+    def target(self, role: Role) -> object | None:
+        """The form for which :meth:`argus.backends.base.Backend.encode` does all that :meth:`encode` does; None: it does not.
+
+        With it a backend may encode pages straight from what another tier keeps. Who overrides `encode` overrides this.
+        """
+        return None
+
     def shared(self) -> dict[str, Tensor]:
         """Tensors that all pages share, counted once: projections, codebooks."""
         return {}

@@ -29,6 +29,9 @@ class Fp16(Tier):
     def form(self, role: Role) -> Plain:
         return Plain()
 
+    def target(self, role: Role) -> Plain:
+        return Plain(self.tools.dtype)
+
 
 @hookimpl
 def argus_tiers() -> dict[str, type[Tier]]:

@@ -30,6 +30,9 @@ class Fp8(Tier):
     def form(self, role: Role) -> Float8:
         return Float8(self.config.axis, self.config.group_size)
 
+    def target(self, role: Role) -> Float8:
+        return self.form(role)
+
     def encode(self, x: Tensor, role: Role) -> Payload:
         return self.tools.backend.to_fp8(x, self.form(role))
 

@@ -38,6 +38,9 @@ class GroupedTier(Tier):
         axis: Axis = self.config.axis or usual
         return Affine(self.width, axis, self.config.group_size, self.symmetric)
 
+    def target(self, role: Role) -> Affine:
+        return self.form(role)
+
     def encode(self, x: Tensor, role: Role) -> Payload:
         return self.tools.backend.quantize(x, self.form(role))
 

@@ -9,12 +9,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from argus.backends.base import Payload, Projected
+from argus.backends.base import PREFIX, Payload, Plain, Projected
 from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.tiers.base import Role, Tier, TierConfig, Tools
-
-PREFIX = "coefficients."
 
 
 class JlConfig(TierConfig):
@@ -65,11 +63,17 @@ class Jl(Tier):
         return self.matrices[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
-        mean = {"mean": x.mean(-2).to(torch.float16)} if self.config.centre else {}
-        rest = x - mean["mean"].float().unsqueeze(-2) if mean else x
-        coefficients = self.tools.backend.project(rest, self.matrix(x.shape[-2], x) / x.shape[-2])
-        kept = self.inner.encode(coefficients, role)
-        return mean | {PREFIX + name: tensor for name, tensor in kept.items()}
+        form = self.target(role)
+        if form is not None:
+            return self.tools.backend.encode(x, form)
+        kept: Payload = {}
+        if self.config.centre:
+            kept = self.tools.backend.encode(x, Projected(Plain(), self.config.ratio, self.config.unbiased, self.matrix))
+            coefficients = kept.pop(PREFIX + "codes")
+        else:
+            coefficients = self.tools.backend.project(x, self.matrix(x.shape[-2], x) / x.shape[-2])
+        inner = self.inner.encode(coefficients, role)
+        return kept | {PREFIX + name: tensor for name, tensor in inner.items()}
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         kept = {name.removeprefix(PREFIX): tensor for name, tensor in payload.items() if name.startswith(PREFIX)}
@@ -92,7 +96,12 @@ class Jl(Tier):
         self.inner.check(role, page_size // self.config.ratio, head_dim)
 
     def form(self, role: Role) -> Projected | None:
-        inner = self.inner.form(role)
+        return self._projected(self.inner.form(role))
+
+    def target(self, role: Role) -> Projected | None:
+        return self._projected(self.inner.target(role))
+
+    def _projected(self, inner: object | None) -> Projected | None:
         if inner is None or not self.config.centre:
             return None
         return Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
-from argus.backends.base import Payload, grouped
+from argus.backends.base import Affine
 from argus.hookspecs import hookimpl
 from argus.tiers.base import Role, Tier
 from argus.tiers.grouped import GroupedTier
@@ -21,14 +20,8 @@ class Sign(GroupedTier):
     width = 1
     error = 0.61
 
-    def encode(self, x: Tensor, role: Role) -> Payload:
-        form = self.form(role)
-        parts, dim = grouped(x, form.axis, form.group)
-        centre = parts.mean(dim, keepdim=True)
-        scale = (parts - centre).abs().mean(dim)
-        codes = (parts >= centre).to(torch.uint8).view(x.shape)
-        zero = (centre.squeeze(dim) - scale).to(torch.float16)
-        return self.tools.backend.affine(codes, (2 * scale).to(torch.float16), zero, form)
+    def form(self, role: Role) -> Affine:
+        return replace(super().form(role), centred=True)
 
 
 @hookimpl

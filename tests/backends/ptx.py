@@ -14,6 +14,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
+from tests.backends import machine
+
 G, T = np.arange(32) // 4, np.arange(32) % 4
 
 
@@ -23,7 +25,7 @@ def inline_asm(
     """Stands for ``triton.language.inline_asm_elementwise`` on tensors of 32 lanes."""
     arrays = [np.broadcast_to(np.asarray(arg.handle.data), (32,)) for arg in args]
     name = asm.split()[0]
-    if name.startswith("ld.global"):
+    if name.startswith("ld.global.nc") and ".b32" in name:
         width = 4 if ".v4." in name else 2 if ".v2." in name else 1
         words = np.stack([np.frombuffer(ctypes.string_at(int(at), 4 * width), np.int32) for at in arrays[0]])
         assert all(int(at) % (4 * width) == 0 for at in arrays[0])
@@ -43,9 +45,11 @@ def inline_asm(
         results = mma(arrays, np.int8 if ".s32.s8." in name else np.uint8)
     elif name.startswith("mma.sync.aligned.m16n8k16"):
         results = mma16(arrays, bf16="bf16" in name)
+    elif name.startswith("ld.global.nc.u8"):
+        results = [np.array([ctypes.string_at(int(at), 1)[0] for at in arrays[0]], np.int32)]
     elif "ld.global.nc.b16" in asm:
         results = [np.array([int.from_bytes(ctypes.string_at(int(at), 2), "little") for at in arrays[0]], np.int32)]
-    elif "st.global" in asm:
+    elif "st.global" in asm and "setp" in asm and "b16" not in asm:
         for lane in np.flatnonzero(arrays[-1]):
             numbers = np.array([x[lane] for x in arrays[1:-1]], np.float32)
             ctypes.memmove(int(arrays[0][lane]), numbers.ctypes.data, numbers.nbytes)
@@ -59,13 +63,20 @@ def inline_asm(
         a, b = (np.ascontiguousarray(x.astype(np.int32)).view(np.float16) for x in arrays)
         results = [(a * b).view(np.int32)]
     else:
-        raise NotImplementedError(asm)
+        outputs = len(dtype) if isinstance(dtype, tuple) else 1
+        results = machine.run(asm, arrays, outputs)
     kinds = dtype if isinstance(dtype, tuple) else (dtype,)
     outs = tuple(
-        tl.tensor(TensorHandle(np.ascontiguousarray(result), kind), tl.block_type(kind, [32]))
+        tl.tensor(TensorHandle(as_kind(result, kind), kind), tl.block_type(kind, [32]))
         for result, kind in zip(results, kinds, strict=True)
     )
     return outs if isinstance(dtype, tuple) else outs[0]
+
+
+def as_kind(result: np.ndarray, kind: Any) -> np.ndarray:
+    """What a register holds, as the type that the caller asks for."""
+    result = np.ascontiguousarray(result)
+    return result.view(np.float32) if kind == tl.float32 and result.dtype == np.int32 else result
 
 
 def as_bytes(x: np.ndarray, kind: type = np.uint8) -> np.ndarray:

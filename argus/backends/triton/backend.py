@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from argus.attention import Query, answer_bounded
-from argus.backends.base import Affine, Dense, Float8, Payload, Segment, grouped
+from argus.backends.base import Affine, Dense, Float8, Payload, Plain, Projected, Role, Segment, grouped
 from argus.backends.cpu import CpuBackend, PagePart
 from argus.backends.triton import layout
 from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
+
+if TYPE_CHECKING:
+    from argus.tiers.base import Tier
 
 DECODE = 8
 """Query tokens up to which the fused kernels answer from codes; longer chunks decode a bounded block at a time to FP16."""
@@ -35,9 +39,12 @@ class TritonBackend(CpuBackend):
         self.sights = Sights()
 
     def quantize(self, x: Tensor, form: Affine) -> Payload:
-        from argus.backends.triton import codec
+        from argus.backends.triton import codec, convert
 
-        return codec.quantize(x, form)
+        made = convert.convert({"codes": x}, Plain(), form)
+        if made is not None:
+            return made
+        return super().quantize(x.float(), form) if form.centred else codec.quantize(x, form)
 
     def affine(self, codes: Tensor, scale: Tensor, zero: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec
@@ -59,14 +66,40 @@ class TritonBackend(CpuBackend):
         return x
 
     def to_fp8(self, x: Tensor, form: Float8) -> Payload:
-        from argus.backends.triton import codec
+        from argus.backends.triton import codec, convert, float8
 
-        return codec.to_fp8(x, form)
+        made = convert.convert({"codes": x}, Plain(), form) or float8.to_fp8(x, form)
+        return codec.to_fp8(x, form) if made is None else made
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
-        from argus.backends.triton import codec
+        from argus.backends.triton import archive
 
-        return codec.project(x, matrix)
+        return archive.project(x, matrix)
+
+    def encode(self, x: Tensor, form: object) -> Payload:
+        if isinstance(form, Projected):
+            from argus.backends.triton import archive
+
+            made = archive.archive({"codes": x}, Plain(), form)
+            if made is not None:
+                return made
+        return super().encode(x, form)
+
+    def recode(self, source: Tier, target: Tier, payload: Payload, role: Role) -> Payload:
+        made = self._recoded(payload, source.form(role), target.target(role))
+        return super().recode(source, target, payload, role) if made is None else made
+
+    def _recoded(self, payload: Payload, source: object, form: object) -> Payload | None:
+        """What a kernel makes of codes as they are; None: there is none."""
+        from argus.backends.triton import archive, convert
+
+        if isinstance(source, Plain) and isinstance(form, (Affine, Float8)):
+            return self.encode(payload["codes"], form)
+        if isinstance(form, (Affine, Float8)):
+            return convert.convert(payload, source, form)
+        if isinstance(form, Projected) and isinstance(source, (Affine, Plain)):
+            return archive.archive(payload, source, form)
+        return None
 
     def tensors(self) -> list[Tensor]:
         return self.tables.tensors()

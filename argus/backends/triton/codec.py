@@ -12,6 +12,8 @@ from argus.backends.triton import layout, tuning
 
 INTERPRETED = triton.knobs.runtime.interpret
 FP8_MAX = tl.constexpr(448.0)
+DIVIDES = tl.constexpr(INTERPRETED)
+"""Whether quotients are divisions: the interpreter rounds a fused multiplication and addition twice."""
 
 
 @triton.jit
@@ -29,18 +31,39 @@ def _round_even(x):
 
 
 @triton.jit
+def _rounded_even(x):
+    """The integer nearest to x, int32, for x below 2^22 in size: 1.5 * 2^23 leaves it in the low bits of the sum."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _over(x, step):
+    """x over step, a number of at most FP16's bits, as a division rounds it.
+
+    See :func:`argus.backends.triton.words._rounded` for why one correction is enough.
+    """
+    if DIVIDES:
+        q = tl.div_rn(x, x * 0.0 + step)
+    else:
+        inverse = 1.0 / step
+        q = x * inverse
+        # Signs so that a zero keeps its own; Triton's minus is 0 - x, which does not.
+        q = tl.fma(tl.fma(step, q, x * -1.0) * -1.0, inverse, q)
+    return q
+
+
+@triton.jit
 def _affine(low, high, TOP: tl.constexpr):
     """Scale and zero, float16, of groups that reach from low to high."""
     zero = -_round_up(-low)
-    return _round_up(tl.div_rn(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
+    return _round_up(_over(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
 
 
 @triton.jit
 def _code(x, scale, zero, TOP: tl.constexpr):
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
-    code = _round_even(tl.div_rn(x - zero.to(tl.float32), step))
-    return tl.minimum(tl.maximum(code, 0.0), TOP).to(tl.int32)
+    return tl.minimum(tl.maximum(_rounded_even(_over(x - zero.to(tl.float32), step)), 0), TOP)
 
 
 @triton.jit
@@ -160,10 +183,10 @@ def _page_kernel(
     if SYMMETRIC:
         HALF: tl.constexpr = TOP >> 1
         largest = tl.max(tl.abs(parts), AXIS)
-        scale = _round_up(tl.div_rn(largest, largest * 0.0 + HALF))
+        scale = _round_up(_over(largest, largest * 0.0 + HALF))
         step = tl.expand_dims(scale, AXIS).to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        code = tl.minimum(tl.maximum(_round_even(tl.div_rn(parts, step)), -HALF), HALF).to(tl.int32) & 255
+        code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
     else:
         scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
         tl.store(zero_ptr + to, zero)
@@ -197,10 +220,10 @@ def _group_kernel(
     else:
         LIMIT: tl.constexpr = (TOP >> 1) if KIND == 1 else FP8_MAX
         largest = tl.max(tl.abs(x), 1)
-        scale = _round_up(tl.div_rn(largest, largest * 0.0 + LIMIT))
+        scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        y = tl.div_rn(x, x * 0.0 + step[:, None])
+        y = _over(x, step[:, None])
         if KIND == 1:
             y = _round_even(y)
         y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)
@@ -241,27 +264,6 @@ def _unpack_kernel(
     if not SYMMETRIC:
         x += tl.load(zero_ptr + at).to(tl.float32)
     tl.store(out_ptr + page * P * D + token * D + channel, x)
-
-
-@triton.jit
-def _project_kernel(
-    x_ptr, matrix_ptr, out_ptr, rows, tokens, dim,
-    MB: tl.constexpr, PB: tl.constexpr, DB: tl.constexpr,
-):  # fmt: skip
-    """One page's ``matrix @ x``."""
-    page = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * MB + tl.arange(0, MB)
-    channel = tl.program_id(2) * DB + tl.arange(0, DB)
-    total = tl.zeros((MB, DB), tl.float32)
-    for start in range(0, tokens, PB):
-        token = start + tl.arange(0, PB)
-        seen = token < tokens
-        w = tl.load(matrix_ptr + row[:, None] * tokens + token[None, :], mask=(row < rows)[:, None] & seen[None, :], other=0.0)
-        at = (page * tokens + token[:, None]) * dim + channel[None, :]
-        x = tl.load(x_ptr + at, mask=seen[:, None] & (channel < dim)[None, :], other=0.0)
-        total = tl.dot(w, x.to(tl.float32), total, input_precision="ieee")
-    at = (page * rows + row[:, None]) * dim + channel[None, :]
-    tl.store(out_ptr + at, total, mask=(row < rows)[:, None] & (channel < dim)[None, :])
 
 
 def _whole(*sizes: int) -> bool:
@@ -371,16 +373,3 @@ def dequantize(payload: Payload, form: Affine) -> Tensor:
 def one_block(page: int, dim: int) -> bool:
     """Whether :func:`dequantize` reads pages of this shape."""
     return layout.in_fragments(page, dim) and _whole(page, dim)
-
-
-def project(x: Tensor, matrix: Tensor) -> Tensor:
-    """See :meth:`argus.backends.base.Backend.project`."""
-    *head, tokens, dim = x.shape
-    rows = matrix.shape[0]
-    x, matrix = x.contiguous(), matrix.to(torch.float32).contiguous()
-    out = torch.empty(*head, rows, dim, dtype=torch.float32, device=x.device)
-    mb, pb, db = (max(16, min(64, triton.next_power_of_2(size))) for size in (rows, tokens, dim))
-    if out.numel():
-        grid = (x.numel() // (tokens * dim), triton.cdiv(rows, mb), triton.cdiv(dim, db))
-        _project_kernel[grid](x, matrix, out, rows, tokens, dim, mb, pb, db)
-    return out
