@@ -14,7 +14,7 @@ from argus.backends.base import Backend, Dense, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
 from argus.ledger import Match
-from argus.pages import Pool, Slab, Window
+from argus.pages import Pool, Slab, Window, smooth, to_pages
 from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts, salience
 from argus.tiers.base import ROLES, Role, Tier, gate
 
@@ -260,14 +260,8 @@ class LayerCache:
                 self.pools[source].remove(block)
                 payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
                 for role in ROLES:
-<<<<<<< HEAD
-                    decoded = self.plan.stages[source].tier(role).decode(payload_of(slab, role), role)
-                    payload |= self._encode(target, decoded, role, source + 1)
-=======
-                    first, second = (self.plan.stages[stage].tier(role) for stage in (source, target))
-                    kept = self.plan.backend.recode(first, second, payload_of(slab, role), role)
+                    kept = self._recode(source, target, payload_of(slab, role), role)
                     payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
->>>>>>> encode
                 self.pools[target].add(payload, block)
                 for page in block:
                     self.where[page] = target
@@ -297,11 +291,17 @@ class LayerCache:
         self.where += targets
         self.window.drop(n * size)
 
-    def _encode(self, target: int, x: Tensor, role: Role, first: int = 0) -> Slab:
-        for stage in self.plan.stages[first:target] if self.plan.cascade else ():
-            x = stage.tier(role).decode(stage.tier(role).encode(x, role), role)
-        payload = self.plan.stages[target].tier(role).encode(x, role)
+    def _encode(self, target: int, x: Tensor, role: Role) -> Slab:
+        first = 0 if self.plan.cascade else target
+        payload = self._recode(first, target, self.plan.stages[first].tier(role).encode(x, role), role)
         return {f"{role}.{name}": tensor for name, tensor in payload.items()}
+
+    def _recode(self, source: int, target: int, payload: Slab, role: Role) -> Slab:
+        """What `source` keeps as `target` keeps it, by way of every stage between them if the ladder cascades."""
+        for step in range(source + 1, target + 1) if self.plan.cascade else ((target,) if target != source else ()):
+            first, second = self.plan.stages[source].tier(role), self.plan.stages[step].tier(role)
+            payload, source = self.plan.backend.recode(first, second, payload, role), step
+        return payload
 
     def _choose_tokens(self, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
         """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
@@ -396,20 +396,3 @@ def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: i
 def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:
     """What a tier keeps of `role`, out of all that is kept of the pages."""
     return {name.removeprefix(f"{role}."): tensor for name, tensor in slab.items() if name.startswith(f"{role}.")}
-
-
-def to_pages(x: Tensor, size: int) -> Tensor:
-    """``[B, H, n * P, D]`` as ``[n, B, H, P, D]``."""
-    return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
-
-
-def smooth(x: Tensor, kept: Tensor | None, chosen: Tensor | None) -> Tensor:
-    """Pages with all that is kept exact replaced by the channel's mean over the rest, so that it widens no range."""
-    if kept is None and chosen is None:
-        return x.contiguous()
-    apart = torch.zeros_like(x, dtype=torch.bool) if kept is None else kept.unsqueeze(-1).expand_as(x)
-    if chosen is not None:
-        apart = apart | chosen
-    rest = x.masked_fill(apart, 0.0)
-    count = (~apart).sum(-2, keepdim=True).clamp_min(1)
-    return torch.where(apart, rest.sum(-2, keepdim=True) / count, rest)

@@ -259,3 +259,20 @@ class Window:
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return [*(self.buffer or ()), *(self.fresh or ())]
+
+
+def to_pages(x: Tensor, size: int) -> Tensor:
+    """``[B, H, n * P, D]`` as ``[n, B, H, P, D]``."""
+    return x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
+
+
+def smooth(x: Tensor, kept: Tensor | None, chosen: Tensor | None) -> Tensor:
+    """Pages with all that is kept exact replaced by the channel's mean over the rest, so that it widens no range."""
+    if kept is None and chosen is None:
+        return x.contiguous()
+    apart = torch.zeros_like(x, dtype=torch.bool) if kept is None else kept.unsqueeze(-1).expand_as(x)
+    if chosen is not None:
+        apart = apart | chosen
+    rest = x.masked_fill(apart, 0.0)
+    count = (~apart).sum(-2, keepdim=True).clamp_min(1)
+    return torch.where(apart, rest.sum(-2, keepdim=True) / count, rest)
