@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache
 
 from argus.adapters.huggingface import ArgusCache
 from argus.caches import Half
-from argus.engine import EXACT, LayerCache, payload_of, to_pages
+from argus.engine import EXACT, LayerCache, payload_of
 from argus.hookspecs import hookimpl
 from argus.ledger import measure
+from argus.pages import to_pages
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.perplexity import window
 from argus.tasks.steps import feed
