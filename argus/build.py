@@ -74,6 +74,7 @@ def build(
         outliers=make_policy("outliers", config.outliers, plugins.kinds(manager, "argus_outliers")),
         backend=backend,
         cascade=ladder.encode == "cascade",
+        eight=ladder.anchors == "int8",
     )
 
 

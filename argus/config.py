@@ -47,7 +47,8 @@ class LadderConfig(Strict):
     """Pages, window and ladder. Sizes are in tokens.
 
     ``encode``: a page is encoded from what its present stage keeps, on leaving the window straight for its stage (``once``),
-    or through every stage on its way (``cascade``, for comparison).
+    or through every stage on its way (``cascade``, for comparison). ``anchors``: whether the tokens that anchor policies choose
+    stay ``exact`` or are kept in 8 bits with a scale a token (``int8``).
     """
 
     page_size: PositiveInt = 64
@@ -56,6 +57,7 @@ class LadderConfig(Strict):
     block_pages: PositiveInt = 32
     allow_growth: bool = False
     encode: Literal["once", "cascade"] = "once"
+    anchors: Literal["exact", "int8"] = "exact"
     order: tuple[str, ...]
     stages: dict[str, StageConfig]
 

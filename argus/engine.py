@@ -51,6 +51,8 @@ class Plan:
         Pages handled at once: the bound on every workspace.
     stages : tuple of Stage
         The ladder, in order.
+    eight : bool
+        Whether tokens that anchors choose are kept in 8 bits.
     cascade : bool
         Whether a page is encoded by every stage on its way, not only by the one it goes to.
     match : Match or None
@@ -67,6 +69,7 @@ class Plan:
     outliers: Outliers
     backend: Backend
     cascade: bool = False
+    eight: bool = False
     match: Match | None = None
 
     @property
@@ -128,7 +131,7 @@ class LayerCache:
         self.pools = [Pool(plan.block_pages) for _ in plan.stages]
         self.where: list[int] = []
         self.salience: list[float] = []
-        self.exact = ExactTokens(plan.dtype)
+        self.exact = ExactTokens(plan.dtype, plan.eight)
         self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self._segments: list[Segment] | None = None
@@ -175,11 +178,8 @@ class LayerCache:
             end = start + keys.shape[2]
             parts.append(Dense(keys, values, start, end - 1))
             start = end
-        exact = self.exact
-        if exact.keys is not None and exact.values is not None:
-            last = len(self.where) * self.plan.page_size - 1
-            parts.append(Dense(exact.keys, exact.values, 0, last, exact.positions, exact.holes))
-        return parts
+        anchors = self.exact.part(len(self.where) * self.plan.page_size - 1)
+        return parts if anchors is None else [*parts, anchors]
 
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""

@@ -1,4 +1,4 @@
-"""What stays exact for good: tokens that anchors chose, numbers that outliers chose. Neither moves when codes do."""
+"""What is kept apart for good: tokens that anchors chose, numbers that outliers chose. Neither moves when codes do."""
 
 from __future__ import annotations
 
@@ -7,36 +7,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argus.backends.base import Patch
+from argus.backends.base import Dense, Patch, round_up
 
 EMPTY = -1
 """Position of a place that holds no token: heads and rows may keep different numbers of tokens."""
 
 
 class ExactTokens:
-    """Tokens kept exact, for each batch row and head its own.
+    """Tokens kept apart from pages, for each batch row and head its own: exact, or in 8 bits.
+
+    In 8 bits a token's keys, and its values, are ``scale * code`` with codes from -127 to 127 and ``scale`` the largest size
+    over 127, rounded up to FP16.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        In which exact tokens are kept.
+    eight : bool
+        Whether they are kept in 8 bits instead.
 
     Attributes
     ----------
-    keys, values : Tensor or None
-        ``[B, H, T, D]`` in the cache's exact dtype.
-    positions : Tensor or None
-        ``[B, H, T]`` int32, in tokens; :data:`EMPTY` where a row and head keeps fewer than ``T``.
     holes : bool
         Whether any place is empty.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.positions: Tensor | None = None
+    def __init__(self, dtype: torch.dtype, eight: bool = False) -> None:
+        self.dtype, self.eight = dtype, eight
         self.holes = False
+        self._held: tuple[Tensor, ...] = ()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, H, T, D]`` in the exact dtype, or int8 codes."""
+        return self._held[0] if self._held else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """As keys."""
+        return self._held[1] if self._held else None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[B, H, T]`` int32, in tokens; :data:`EMPTY` where a row and head keeps fewer than ``T``."""
+        return self._held[2] if self._held else None
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """``[B, H, T]`` float16, of keys and of values; None where they are exact."""
+        return (self._held[3], self._held[4]) if self._held and self.eight else None
 
     @property
     def width(self) -> int:
         """Places a row and head."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self._held[0].shape[2] if self._held else 0
+
+    def part(self, last: int) -> Dense | None:
+        """What is held as a backend sees it; `last`: a position that no token held comes after."""
+        if self.keys is None or self.values is None:
+            return None
+        return Dense(self.keys, self.values, 0, last, self.positions, self.holes, self.scales)
 
     def add(self, keys: Tensor, values: Tensor, start: int, kept: Tensor) -> None:
         """Keep the tokens of pages that `kept` marks.
@@ -59,36 +89,30 @@ class ExactTokens:
         empty = torch.arange(width, device=kept.device) >= counts.unsqueeze(-1)
         positions = (order + start).to(torch.int32).masked_fill(empty, EMPTY)
         chosen = [
-            x.permute(1, 2, 0, 3, 4).flatten(2, 3).gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])).to(self.dtype)
+            x.permute(1, 2, 0, 3, 4).flatten(2, 3).gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
             for x in (keys, values)
         ]
-        if self.keys is None or self.values is None or self.positions is None:
-            self.keys, self.values, self.positions = chosen[0], chosen[1], positions
+        if self.eight:
+            (key_codes, key_scale), (value_codes, value_scale) = map(to_eight, chosen)
+            new: tuple[Tensor, ...] = (key_codes, value_codes, positions, key_scale, value_scale)
         else:
-            self.keys = torch.cat([self.keys, chosen[0]], 2)
-            self.values = torch.cat([self.values, chosen[1]], 2)
-            self.positions = torch.cat([self.positions, positions], 2)
+            new = (*(x.to(self.dtype) for x in chosen), positions)
+        self._held = tuple(torch.cat(pair, 2) for pair in zip(self._held, new, strict=True)) if self._held else new
         self.holes = self.holes or bool(empty.any())
 
     def crop(self, length: int) -> None:
         """Forget tokens from position `length` on."""
-        if self.positions is None or self.keys is None or self.values is None:
+        if self.positions is None:
             return
         positions = self.positions.masked_fill(self.positions >= length, EMPTY)
         used = (positions != EMPTY).flatten(0, 1).any(0)
-        if not bool(used.any()):
-            self.keys = self.values = self.positions = None
-            self.holes = False
-            return
-        self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
-        self.positions = positions[:, :, used]
-        self.holes = bool((self.positions == EMPTY).any())
+        held = (*self._held[:2], positions, *self._held[3:])
+        self._held = tuple(x[:, :, used] for x in held) if bool(used.any()) else ()
+        self.holes = self.positions is not None and bool((self.positions == EMPTY).any())
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
-        if self.positions is not None and self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self.positions = self.positions.index_select(0, rows)
+        self._held = tuple(x.index_select(0, rows) for x in self._held)
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write the tokens kept into dense ``[B, H, T, D]`` keys and values of positions `start` on, in place."""
@@ -97,12 +121,22 @@ class ExactTokens:
         end = start + keys.shape[2]
         batch, head, place = ((self.positions >= start) & (self.positions < end)).nonzero(as_tuple=True)
         token = self.positions[batch, head, place].long() - start
-        keys[batch, head, token] = self.keys[batch, head, place].to(keys.dtype)
-        values[batch, head, token] = self.values[batch, head, place].to(values.dtype)
+        for place_in, (target, held) in enumerate(((keys, self.keys), (values, self.values))):
+            chosen = held[batch, head, place].to(target.dtype)
+            if self.scales is not None:
+                chosen *= self.scales[place_in][batch, head, place].to(target.dtype).unsqueeze(-1)
+            target[batch, head, token] = chosen
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [x for x in (self.keys, self.values, self.positions) if x is not None]
+        return list(self._held)
+
+
+def to_eight(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 and scale float16 ``[..., T]`` of tokens ``[..., T, D]``."""
+    scale = round_up(x.float().abs().amax(-1) / 127)
+    step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
+    return (x.float() / step).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 class ExactNumbers:

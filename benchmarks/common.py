@@ -86,7 +86,7 @@ def blocks(cache: LayerCache) -> Iterable[tuple[Tensor, Tensor]]:
         values = segment.value_tier.decode(segment.values, "values")
         yield tuple(x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in (keys, values))  # type: ignore[misc]
     for part in cache.dense():
-        yield part.keys, part.values
+        yield part.numbers("keys"), part.numbers("values")
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -200,6 +200,13 @@ def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:
     return x.unflatten(dim, (-1, group or x.shape[dim])), dim
 
 
+def round_up(x: Tensor) -> Tensor:
+    """The smallest float16 not below `x` (float32, within FP16's range)."""
+    half = x.to(torch.float16)
+    step = torch.where(half.signbit(), -1, 1).to(torch.int16) * (half.float() < x)
+    return (half.view(torch.int16) + step).view(torch.float16)
+
+
 def folded(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Sum along a dimension (negative) in an order that kernels keep too, so that their sums are the same bit by bit.
 
@@ -220,12 +227,12 @@ def folded(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """Tokens kept exact, as the backend sees them: the window, or what anchors chose.
+    """Tokens apart from pages, as the backend sees them: the window, or what anchors chose.
 
     Attributes
     ----------
     keys, values : Tensor
-        ``[B, H, T, D]`` of any floating dtype.
+        ``[B, H, T, D]`` of any floating dtype, or int8 codes.
     positions : Tensor or None
         ``[B, H, T]`` int32, in tokens, negative where a place is empty; None: consecutive from `start`.
     start : int
@@ -234,6 +241,8 @@ class Dense:
         The largest position held, in tokens.
     holes : bool
         Whether any place is empty.
+    scales : tuple of Tensor or None
+        ``[B, H, T]`` float16, by which codes of keys and of values are multiplied; None: there are no codes.
     """
 
     keys: Tensor
@@ -242,6 +251,13 @@ class Dense:
     last: int
     positions: Tensor | None = None
     holes: bool = False
+    scales: tuple[Tensor, Tensor] | None = None
+
+    def numbers(self, role: Role, low: int = 0, high: int | None = None) -> Tensor:
+        """Keys or values ``[B, H, T, D]`` of tokens `low` to `high`; float32 where they are codes."""
+        place = 0 if role == "keys" else 1
+        held = (self.keys, self.values)[place][:, :, low:high]
+        return held if self.scales is None else held.float() * self.scales[place][:, :, low:high].float().unsqueeze(-1)
 
     def visible(self, query: Query) -> Tensor | None:
         """Which of its tokens each row may see, broadcastable to ``[B, H, R, T]``; None: all."""

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 
 from argus.attention import DENSE_BUDGET, DensePart, Part, Query, SinkPart, answer_bounded, limit
-from argus.backends.base import PLANES, Affine, Backend, Dense, Float8, Payload, Role, Segment, folded, grouped, visible_pages
+from argus.backends.base import (
+    PLANES,
+    Affine,
+    Backend,
+    Dense,
+    Float8,
+    Payload,
+    Role,
+    Segment,
+    folded,
+    grouped,
+    round_up,
+    visible_pages,
+)
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
-
-def round_up(x: Tensor) -> Tensor:
-    """The smallest float16 not below `x` (float32, within FP16's range)."""
-    half = x.to(torch.float16)
-    step = torch.where(half.signbit(), -1, 1).to(torch.int16) * (half.float() < x)
-    return (half.view(torch.int16) + step).view(torch.float16)
-
 
 def round_down(x: Tensor) -> Tensor:
     """The largest float16 not above `x` (float32, within FP16's range)."""
@@ -141,7 +147,7 @@ class CpuBackend(Backend):
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         parts: list[Part] = [PagePart(group) for group in group_pages(segments)]
-        parts += [DensePart(part.keys, part.values, part.visible) for part in dense]
+        parts += [DensePart(part.numbers("keys"), part.numbers("values"), part.visible) for part in dense]
         if sinks is not None:
             parts.append(SinkPart(sinks))
         rows = query.rows[..., 0].numel() // query.length

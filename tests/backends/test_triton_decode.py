@@ -18,6 +18,7 @@ from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Float8, Plain, Projected, Segment  # noqa: E402
 from argus.backends.triton import launch, tuning  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
+from argus.exact import to_eight  # noqa: E402
 from tests.backends import ptx  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -114,8 +115,8 @@ class Case:
                 at = at.masked_fill(segment.exact.permute(1, 2, 0, 3).flatten(2), -1)
             positions.append(at)
         for part in self.dense:
-            keys.append(part.keys.double())
-            values.append(part.values.double())
+            keys.append(part.numbers("keys").double())
+            values.append(part.numbers("values").double())
             steps = torch.arange(part.start, part.start + part.keys.shape[2], device=DEVICE)
             positions.append(steps.expand(batch, heads, -1) if part.positions is None else part.positions.long())
         k, v, at = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(positions, 2)
@@ -266,6 +267,15 @@ def test_masks(kind: str, steps: int) -> None:
         mask = noise.masked_fill(~mask, lowest)
     q = case.query
     case.check(Query(q.rows, q.start, q.length, mask))
+
+
+@pytest.mark.parametrize(("dim", "steps"), [(64, 1), (80, 1), (128, 3)])
+def test_anchors_in_eight_bits(dim: int, steps: int) -> None:
+    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, exact=True, steps=steps)
+    part = case.dense.pop()
+    (keys, key_scale), (values, value_scale) = (to_eight(x.float() * 3) for x in (part.keys, part.values))
+    case.dense.append(Dense(keys, values, 0, part.last, part.positions, True, (key_scale, value_scale)))
+    case.check()
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:

@@ -56,16 +56,23 @@ def _share(
         batch = where[0] // heads
         head = where[0] % heads
         tokens = _number(source[3])
-        keys = source[0].to(tl.int64) + (batch * _number(source[5]) + head * _number(source[6])) * 2
-        values = source[1].to(tl.int64) + (batch * _number(source[8]) + head * _number(source[9])) * 2
+        SIZE: tl.constexpr = 1 if C[3] else 2
+        keys = source[0].to(tl.int64) + (batch * _number(source[5]) + head * _number(source[6])) * SIZE
+        values = source[1].to(tl.int64) + (batch * _number(source[8]) + head * _number(source[9])) * SIZE
         if C[1]:
             placed = source[2] + where[0] * tokens
         else:
             placed = _number(source[4])
+        if C[3]:
+            k_scale = source[11].to(tl.int64) + where[0] * (tokens * 2)
+            v_scale = source[12].to(tl.int64) + where[0] * (tokens * 2)
+        else:
+            k_scale = keys
+            v_scale = values
         _halves_share(
-            q_ptr, (keys, values, _number(source[7]), _number(source[10]), placed, tokens),
+            q_ptr, (keys, values, _number(source[7]), _number(source[10]), placed, tokens, k_scale, v_scale),
             at, where, mask, lowest, latest, cap, begin, end,
-            16, D, 1, C[0], True, C[1], False, False, 1, False, 1, C[2], False, CAPPED, FIELDS,
+            16, D, 1, C[0], True, C[1], C[3], C[3], D, C[3], D, C[2], False, CAPPED, FIELDS,
         )  # fmt: skip
 
 

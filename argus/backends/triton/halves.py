@@ -1,7 +1,7 @@
-"""Decode attention on 16-bit tokens in place, and on E4M3 codes made 16 bits in registers: pages, the window, anchors.
+"""Decode attention on 16-bit tokens in place, and on E4M3 or int8 codes made 16 bits in registers: pages, window, anchors.
 
 Products run on ``mma.m16n8k16`` with float32 sums. Queries and weights go in two 16-bit parts, high and low, in neighbouring
-columns, so that neither is rounded; E4M3 codes times their scale are rounded to FP16. Tokens are the M side of the first
+columns, so that neither is rounded; codes times their scale are rounded to FP16. Tokens are the M side of the first
 product; values, read along channels, are paired token by token for the second. Lane ``4 g + t`` answers row ``t`` for tokens
 ``8 i + g``.
 """
@@ -15,6 +15,7 @@ from argus.backends.triton.lanes import (
     _base2,
     _bytes,
     _from_e4m3,
+    _from_int8,
     _load2,
     _load4,
     _mma16,
@@ -30,10 +31,13 @@ from argus.backends.triton.lanes import (
 
 
 @triton.jit
-def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr):
-    """Eight neighbouring channels of a token, E4M3 with scales, as four words of two FP16."""
+def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SIGNED: tl.constexpr):
+    """Eight neighbouring channels of a token, E4M3 (SIGNED: int8) with scales, as four words of two FP16."""
     w = _load2(codes + token * D + channel)
-    x = _from_e4m3(w[0]) + _from_e4m3(w[1])
+    if SIGNED:
+        x = _from_int8(w[0]) + _from_int8(w[1])
+    else:
+        x = _from_e4m3(w[0]) + _from_e4m3(w[1])
     if TOKENS:
         one = tl.load((scales + (token * (D // G) + channel // G) * 2).to(tl.pointer_type(tl.int16))).to(tl.int32)
         both = _bytes(one, one, tl.full((32,), 0x1010, tl.int32))
@@ -52,8 +56,9 @@ def _halves_share(
 ):  # fmt: skip
     """Answer four rows of one head for units of 16 U tokens, of pages or of one dense part.
 
-    source: table and positions of pages; or keys and values of this head, their strides a token, positions (or the first) and
-    tokens of a dense part. at: where average and log-sum-exp go. where: head, first row, rows.
+    source: table and positions of pages; or keys and values of this head, their strides a token, positions (or the first),
+    tokens and scales of a dense part (CODED: int8 in rows of D). at: where average and log-sum-exp go. where: head, first row,
+    rows.
     """
     inner = where[0]
     lane = tl.arange(0, 32)
@@ -91,6 +96,8 @@ def _halves_share(
             v_from = source[1]
             k_token = source[2] * 2
             v_token = source[3] * 2
+            k_scale = source[6]
+            v_scale = source[7]
         else:
             page = unit // PER_PAGE
             begin = (unit % PER_PAGE) * UNIT
@@ -113,7 +120,7 @@ def _halves_share(
                 token = tl.minimum(token, end - 1)
             for n in tl.static_range(D // 32):
                 if CODED:
-                    keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG),)
+                    keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG, DENSE),)
                 else:
                     keys = keys + (_stream4(k_from + token.to(tl.int64) * k_token + (n * 64 + t * 16)),)
         values = ()
@@ -124,7 +131,7 @@ def _halves_share(
                     token = tl.minimum(token, end - 1)
                 for n in tl.static_range(W):
                     if CODED:
-                        values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG),)
+                        values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG, DENSE),)
                     else:
                         values = values + (_stream4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
         x = ()

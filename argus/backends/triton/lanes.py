@@ -244,6 +244,17 @@ def _from_e4m3(word):
 
 
 @triton.jit
+def _from_int8(word):
+    """Four int8 codes as two words of two FP16: over 1024 a unit is the last bit, so a byte is put there and 1152 taken off."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 u, a, b, o; xor.b32 u, $2, 0x80808080; mov.b32 o, 0x64806480;"
+        " prmt.b32 a, u, 0x64646464, 0x4140; prmt.b32 b, u, 0x64646464, 0x4342;"
+        " sub.rn.f16x2 $0, a, o; sub.rn.f16x2 $1, b, o; }",
+        "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _times(a, b):
     """Products of two FP16 in a word each."""
     return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)

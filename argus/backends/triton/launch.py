@@ -119,9 +119,16 @@ def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
 
 
 def apart(query: Query, part: Run | Dense) -> tuple[Run | Dense, ...]:
-    """The stages of a run that joins several, where some page may be hidden by its position alone; else the part as it is."""
-    joint = isinstance(part, Run) and part.members and not past(query, part)
-    return part.members if joint else (part,)  # type: ignore[union-attr]
+    """A part as kernels take it.
+
+    A run that joins several stages is taken apart where some page may be hidden by its position alone; codes of exact tokens
+    are decoded where no kernel reads them.
+    """
+    if isinstance(part, Dense):
+        if part.scales is None or query.rows.shape[-1] % 64 == 0:
+            return (part,)
+        return (replace(part, keys=part.numbers("keys"), values=part.numbers("values"), scales=None),)
+    return part.members if part.members and not past(query, part) else (part,)
 
 
 def past(query: Query, run: Run) -> bool:
@@ -134,9 +141,9 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     dim = query.rows.shape[-1]
     mask = Mask.of(query, part.last).kind
     if isinstance(part, Dense):
-        tokens = part.keys.shape[2]
-        if part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim):
-            constants = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask)
+        tokens, coded = part.keys.shape[2], part.scales is not None
+        if coded or (part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim)):
+            constants = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded)
             return Job(part, "dense", triton.cdiv(tokens, 16), constants, tuning.DENSE)
         return Job(part, "any", tokens)
     if part.members:
@@ -237,7 +244,8 @@ def _source(part: Run | Dense) -> tuple[Any, ...]:
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
-    return (keys, values, placed, *(odd(count) for count in counts))
+    scales = (x.contiguous() for x in part.scales or ())
+    return (keys, values, placed, *(odd(count) for count in counts), *scales)
 
 
 def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:

@@ -170,7 +170,7 @@ class Room:
                 yield self._slice(part, low, high, *at)
 
     def _slice(self, part: Dense, low: int, high: int, first: int, last: int) -> Tokens:
-        keys, values = part.keys[:, :, low:high], part.values[:, :, low:high]
+        keys, values = part.numbers("keys", low, high), part.numbers("values", low, high)
         factors = None
         if not keys.dtype == values.dtype == torch.float16:
             (keys, key_factor), (values, value_factor) = fitted(keys), fitted(values)
