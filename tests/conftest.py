@@ -42,14 +42,15 @@ def config(
     anchors: Mapping[str, Any] | None = None,
     outliers: str | dict[str, Any] = "none",
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: str = "exact",
     **ladder: Any,
 ) -> CacheConfig:
-    """A cache's config; a stage is named after its tier. Capacities are in tokens."""
+    """A cache's config; a stage is named after its tier. Capacities are in tokens; `kept`: how anchors are."""
     chosen = SEVEN | dict(options or {})
     stages = {
         name: StageConfig(tier=name, capacity=(capacities or {}).get(name), **chosen.get(name, {})) for name in order
     }
-    sizes = {"page_size": 8, "window": 8, "block_pages": 4, "dtype": "float32", "allow_growth": True} | ladder
+    sizes = {"page_size": 8, "window": 8, "block_pages": 4, "dtype": "float32", "allow_growth": True, "anchors": kept} | ladder
     return CacheConfig(
         tiers=LadderConfig(order=tuple(order), stages=stages, **sizes),
         aging=PolicyChoice(**({"policy": aging} if isinstance(aging, str) else aging)),

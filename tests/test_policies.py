@@ -216,6 +216,83 @@ def test_anchors_add_up_in_the_cache():
             assert set(same.tolist()) == held
 
 
+def asked_for(place: int, batch: int = 1, heads: int = HEADS, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of 88 tokens, and queries ``[B, H, R, D]`` that ask for the token at `place` only."""
+    keys, values = tokens(5, 88, batch, heads, dim)
+    wanted = torch.randn(batch, heads, 1, dim, generator=torch.Generator().manual_seed(6))
+    keys[:, :, place] = 4 * wanted[:, :, 0]
+    return keys, values, wanted.expand(-1, -1, 4, -1) * 2
+
+
+def test_salience_keeps_the_tokens_that_are_asked_for():
+    keys, values, wanted = asked_for(37)
+    layer = make_layer(("int2",), anchors={"salience": {"share": 1 / 80}}, block_pages=20)
+    layer.write(keys, values)
+    layer.age(Context(queries=wanted))
+    assert layer.exact.positions is not None
+    assert (layer.exact.positions == 37).all()
+    assert layer.exact.positions.shape == (1, HEADS, 1)
+
+
+def test_salience_chooses_none_where_nobody_asks():
+    keys, values, _ = asked_for(37)
+    layer = make_layer(("int2",), anchors={"salience": {"share": 0.1}})
+    grow(layer, keys, values)
+    assert layer.where
+    assert layer.exact.positions is None
+
+
+def test_salient_pages_stay_in_the_first_stage_whatever_their_age():
+    keys, values, wanted = asked_for(19)
+    layer = make_layer(("fp16", "int2"), {"fp16": 16}, aging="salience", block_pages=3)
+    layer.write(keys, values)
+    layer.age(Context(queries=wanted))
+    assert len(layer.where) == 10
+    assert layer.where.count(0) == 2
+    assert layer.where[2] == 0
+    assert layer.salience[2] == max(layer.salience)
+    layer.crop(40)
+    assert len(layer.salience) == len(layer.where) == 5
+    more = tokens(7, 24)
+    layer.write(*more)
+    layer.age(Context(queries=wanted))
+    assert layer.where[2] == 0
+    assert layer.where.count(0) <= 2
+
+
+def test_salience_never_brings_a_page_back():
+    ageing = policy("argus_aging", "salience")
+    stages = [StageFacts("a", 1), StageFacts("b", None)]
+    held = [PageFacts(2, 1, 9.0), PageFacts(1, 0, 1.0), PageFacts(0, None, 0.5)]
+    assert ageing.targets(held, stages) == [1, 1, 1]
+    assert ageing.targets([PageFacts(1, 0, 1.0), PageFacts(0, None, 2.0)], stages) == [1, 0]
+
+
+def test_anchors_in_eight_bits_are_near_and_take_half_the_bytes():
+    layers = {}
+    keys, values = tokens(3, 200, dim=64)
+    for kept in ("exact", "int8"):
+        layers[kept] = make_layer(
+            ("int2",), anchors={"novelty": {"share": 0.25}}, head_dim=64, kept=kept, dtype="float16", block_pages=50
+        )
+        grow(layers[kept], keys, values)
+    exact, eight = (layers[kept].exact for kept in ("exact", "int8"))
+    assert torch.equal(exact.positions, eight.positions)
+    sizes = [sum(x.nbytes for x in held.tensors()) for held in (exact, eight)]
+    places = exact.positions.numel()
+    assert sizes == [places * (4 + 2 * 64 * 2), places * (4 + 2 * (64 + 2))]
+    for place, x in enumerate((keys, values)):
+        codes, scale = (eight.keys, eight.values)[place], eight.scales[place]
+        true = x.gather(2, exact.positions.long().unsqueeze(-1).expand(-1, -1, -1, 64))
+        off = codes.float() * scale.float().unsqueeze(-1) - true
+        assert (off.abs() <= 0.5001 * scale.float().unsqueeze(-1)).all()
+        read = contents(layers["int8"])[place].gather(2, exact.positions.long().unsqueeze(-1).expand(-1, -1, -1, 64))
+        assert torch.equal(read, codes.float() * scale.float().unsqueeze(-1))
+    layers["int8"].crop(64)
+    layers["int8"].select(torch.tensor([0, 0]))
+    assert layers["int8"].exact.scales[0].shape == layers["int8"].exact.positions.shape
+
+
 # Outliers
 
 

@@ -89,7 +89,7 @@ def _pack_plane(words, out, SHIFT: tl.constexpr, BITS: tl.constexpr, NB: tl.cons
     stored = words
     if BITS < 8:
         low = (words >> SHIFT) & (((1 << (BITS % 8)) - 1) * 0x01010101)
-        stored = _join(tl.permute(tl.reshape(low, (NB, W, F, 32)), (0, 1, 3, 2)), NB, W, F, BITS)
+        stored = _join(tl.permute(tl.reshape(low, (NB, F, W, 32)), (0, 2, 3, 1)), NB, W, F, BITS)
     block = tl.arange(0, NB)[:, None, None]
     word = tl.arange(0, W)[None, :, None]
     lane = tl.arange(0, 32)[None, None, :]
@@ -128,7 +128,7 @@ def _unpack_plane(base, SHIFT: tl.constexpr, BITS: tl.constexpr, NB: tl.constexp
     word = tl.arange(0, W)[None, :, None]
     lane = tl.arange(0, 32)[None, None, :]
     stored = tl.load(base + block * STRIDE + ((word // V) * 32 + lane) * V + word % V)
-    fields = stored[:, :, None, :] >> (tl.arange(0, F) * BITS)[None, None, :, None]
+    fields = stored[:, None, :, :] >> (tl.arange(0, F) * BITS)[None, :, None, None]
     if BITS < 8:
         fields &= ((1 << (BITS % 8)) - 1) * 0x01010101
     return tl.reshape(fields, (NB, N, 32)) << SHIFT

@@ -2,9 +2,9 @@
 
 A warp takes 64 tokens at a time and keeps everything in registers. Scales are folded: ``q' = q * scale`` for each channel and
 ``p' = p * scale`` for each token, each rounded to 16 bits in the page and held as two int8 parts, high and low, in
-neighbouring columns; the codes themselves are never converted, only shifted to the top of their byte and masked. Products are
-exact integers, and the rounding of q' and p' is finer than FP16's. Zeros enter as ``q . zero``, one number a row and page, and
-as ``sum(p * zero)``. Lane ``4 g + t`` answers row ``t`` for tokens ``8 g`` to ``8 g + 7``; see ``layout.py`` for codes.
+neighbouring columns; the codes themselves are never converted, only masked out of their words. Products are exact integers,
+and the rounding of q' and p' is finer than FP16's. Zeros enter as ``q . zero``, one number a row and page, and as
+``sum(p * zero)``. Lane ``4 g + t`` answers row ``t`` for tokens ``8 g`` to ``8 g + 7``; see ``layout.py`` for codes.
 """
 
 from __future__ import annotations
@@ -78,32 +78,48 @@ def _field(word, SHIFT: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr):
     return word & ((MASK ^ 0x80000000) - 0x80000000)  # as an int32
 
 
+@triton.constexpr_function
+def _place(last, bits, dim):
+    """The bit at which the words of a sum have their codes, `last` the last of them: where its largest plane lies anyway."""
+    if bits == 8:
+        return 0
+    plane = 4 if bits & 4 else 2 if bits & 2 else 1
+    return min(last // (dim * plane // 16) * plane, 8 - bits)
+
+
+@triton.constexpr_function
+def _unit(last, bits, dim):
+    """The number that a code of 1 stands for at :func:`_place`, upside down."""
+    return 2.0 ** -_place(last, bits, dim)
+
+
 @triton.jit
-def _word(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """Word R of a block: four codes at the top of their bytes, where most fields need a shift to the left (a multiplication,
-    on a pipe that is free) or none."""
+def _word(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TO: tl.constexpr):
+    """Word R of a block: four codes, each at bit TO of its byte."""
     if BITS == 8:
         x = words[R]
     else:
-        TOP: tl.constexpr = 8 - BITS
         x = 0
         if BITS & 4:
-            x = _field(words[R // 2], (R % 2) * 4, 4, TOP)
+            FOURS: tl.constexpr = D // 4
+            x = _field(words[R % FOURS], R // FOURS * 4, 4, TO)
         if BITS & 2:
+            TWOS: tl.constexpr = D // 8
             START: tl.constexpr = (BITS & 4) * D // 16
-            x = x | _field(words[START + R // 4], (R % 4) * 2, 2, TOP + (BITS & 4))
+            x = x | _field(words[START + R % TWOS], R // TWOS * 2, 2, TO + (BITS & 4))
         if BITS & 1:
+            ONES: tl.constexpr = D // 16
             FIRST: tl.constexpr = (BITS & 6) * D // 16
-            x = x | _field(words[FIRST + R // 8], R % 8, 1, TOP + (BITS & 6))
+            x = x | _field(words[FIRST + R % ONES], R // ONES, 1, TO + (BITS & 6))
     return x
 
 
 @triton.jit
-def _operand(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+def _operand(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TO: tl.constexpr):
     """Words 4 R to 4 R + 3: an A operand."""
     return (
-        _word(words, 4 * R, BITS, D), _word(words, 4 * R + 1, BITS, D),
-        _word(words, 4 * R + 2, BITS, D), _word(words, 4 * R + 3, BITS, D),
+        _word(words, 4 * R, BITS, D, TO), _word(words, 4 * R + 1, BITS, D, TO),
+        _word(words, 4 * R + 2, BITS, D, TO), _word(words, 4 * R + 3, BITS, D, TO),
     )  # fmt: skip
 
 
@@ -187,8 +203,6 @@ def _codes_share(
     # Rows beyond the last repeat it; nothing of them is stored.
     q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
     q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
-    KEY: tl.constexpr = 1.0 / (1 if KSYM else 1 << (8 - KBITS))
-    VALUE: tl.constexpr = 1.0 / (1 if VSYM else 1 << (8 - VBITS))
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     offset_total = tl.zeros((32,), tl.float32)
@@ -226,7 +240,6 @@ def _codes_share(
         scale_at, zero_at = tl.load(row_of + 1) + channel_at, tl.load(row_of + 2) + channel_at
         b, unscale, offset = _fold(q_at, scale_at, zero_at, False, part, D, KSYM, False)
         # Column 2 t holds the high part of row t: its facts lie in the lanes of column 2 t.
-        unscale *= KEY
         if not CAPPED:
             unscale *= LOG2E
             offset *= LOG2E
@@ -237,8 +250,11 @@ def _codes_share(
         for i in tl.static_range(4):
             c = zero4
             for s in tl.static_range(D // 32):
-                c = _mma(_operand(keys, i * (D // 32) + s, KBITS, D), b[2 * s], b[2 * s + 1], c, KSYM)
-            x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
+                a = _operand(keys, i * (D // 32) + s, KBITS, D, _place((i + 1) * (D // 8) - 1, KBITS, D))
+                c = _mma(a, b[2 * s], b[2 * s + 1], c, KSYM)
+            # The lane's numbers times its row's, for codes at this place.
+            factor = unscale * _unit((i + 1) * (D // 8) - 1, KBITS, D)
+            x = x + ((c[0] * 256 + c[1]).to(tl.float32) * factor, (c[2] * 256 + c[3]).to(tl.float32) * factor)
         if EXACT:
             marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
         if MASK:
@@ -246,10 +262,9 @@ def _codes_share(
         scores = ()
         best = m
         for i in tl.static_range(8):
-            if KSYM:
-                s = x[i] * unscale
-            else:
-                s = x[i] * unscale + offset
+            s = x[i]
+            if not KSYM:
+                s += offset
             if CAPPED:
                 s = _base2(s, cap, True)
             if MASK == 1:
@@ -285,7 +300,7 @@ def _codes_share(
             weights = weights + (w,)
         size = tl.maximum(_most(size), 1e-30)
         inverse = REACH / size
-        unscale = size * (VALUE / REACH)
+        unscale = size * (1.0 / REACH)
         weigh = ()
         for j in tl.static_range(4):
             pair = _bytes(
@@ -294,11 +309,12 @@ def _codes_share(
             weigh = weigh + (_transposed(pair ^ (0x80800000 - (1 << 32))),)
         new = ()
         for i in tl.static_range(D // 16):
-            o = _mma(_operand(values, 2 * i, VBITS, D), weigh[0], weigh[1], zero4, VSYM)
-            o = _mma(_operand(values, 2 * i + 1, VBITS, D), weigh[2], weigh[3], o, VSYM)
+            o = _mma(_operand(values, 2 * i, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[0], weigh[1], zero4, VSYM)
+            o = _mma(_operand(values, 2 * i + 1, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[2], weigh[3], o, VSYM)
+            factor = unscale * _unit(8 * i + 7, VBITS, D)
             new = new + (
-                acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * unscale,
-                acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,
+                acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * factor,
+                acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * factor,
             )
         acc = new
         if PREFETCH:

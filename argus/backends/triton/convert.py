@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from argus.backends.base import Affine, Float8, Payload, Plain
-from argus.backends.triton import layout, recode
+from argus.backends.triton import layout, recode, tuning
 from argus.backends.triton.codec import INTERPRETED, shape_of
 
 ASSEMBLED = not INTERPRETED
@@ -35,7 +35,9 @@ def readable(payload: Payload, source: object, target: Affine | Float8, page: in
     if isinstance(source, Plain):
         chosen = "e4m3" if isinstance(target, Float8) else "sign" if target.centred else "range"
         kind = NUMBERS.get(payload["codes"].dtype)
-        return Reading(kind) if kind is not None and chosen in PLAIN[target.axis] else None
+        # A warp that reads float32 along tokens waits for memory; 16 bits it reads in wider pieces.
+        slow = kind == FLOAT32 and chosen == "e4m3"
+        return Reading(kind) if kind is not None and chosen in PLAIN[target.axis] and not slow else None
     if isinstance(source, Float8):
         group = source.group or (page if source.axis == "channel" else dim)
         # A lane's tokens, eight in a row or sixteen, share a group.
@@ -99,5 +101,6 @@ def convert(payload: Payload, source: object, target: Affine | Float8) -> Payloa
         recode._recode_kernel[(units,)](
             codes.view(torch.uint8), scale, held.get("zero", scale), made["codes"].view(torch.uint8), made["scale"],
             made.get("zero", made["scale"]), dim, *reading, how, bits, target.axis == "token", group, num_warps=1,
+            maxnreg=tuning.CODEC_REGISTERS,
         )  # fmt: skip
     return made

@@ -24,9 +24,9 @@ def _field_at(base, word, lane, byte, SHIFT: tl.constexpr, BITS: tl.constexpr, D
     F: tl.constexpr = 8 // BITS
     W: tl.constexpr = D // 2 // F
     V: tl.constexpr = 4 if W % 4 == 0 else (2 if W % 2 == 0 else 1)
-    stored = word // F
+    stored = word % W
     at = ((stored // V * 32 + lane) * V + stored % V) * 4 + byte
-    return ((tl.load(base + at, mask=seen, other=0).to(tl.int32) >> ((word % F) * BITS)) & ((1 << BITS) - 1)) << SHIFT
+    return ((tl.load(base + at, mask=seen, other=0).to(tl.int32) >> ((word // W) * BITS)) & ((1 << BITS) - 1)) << SHIFT
 
 
 @triton.jit

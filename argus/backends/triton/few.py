@@ -19,6 +19,7 @@ from argus.backends.triton.lanes import (
     _bytes,
     _from_lane,
     _load1,
+    _load4,
     _mma,
     _most,
     _store1,
@@ -28,20 +29,16 @@ from argus.backends.triton.lanes import (
 
 
 @triton.jit
-def _word_of(base, number, bits, flip):
-    """Four codes in the low bits of their bytes: word `number` of a block, codes of `bits` bits."""
-    bit = number * bits
-    stored = bit >> 3
-    word = _load1(base + (stored >> 2) * 512 + (stored & 3) * 4) >> (bit & 7)
-    return (word & (((1 << bits) - 1) * 0x01010101)) ^ flip
-
-
-@triton.jit
-def _operand_of(base, first, bits, flip):
-    """Words `first` to `first + 3`: an A operand."""
+def _operand_of(base, first, bits, flip, D: tl.constexpr):
+    """Words `first` to `first + 3` of a block, an A operand: codes of `bits` bits in the low bits of their bytes."""
+    # A plane has D / 16 stored words for each bit: a power of two of them, so the field is found by a shift.
+    field = (first // (D // 16)) >> (bits // 2 - bits // 8)
+    words = _load4(base + (first - field * (D // 16) * bits) * 128)
+    mask = ((1 << bits) - 1) * 0x01010101
+    shift = field * bits
     return (
-        _word_of(base, first, bits, flip), _word_of(base, first + 1, bits, flip),
-        _word_of(base, first + 2, bits, flip), _word_of(base, first + 3, bits, flip),
+        ((words[0] >> shift) & mask) ^ flip, ((words[1] >> shift) & mask) ^ flip,
+        ((words[2] >> shift) & mask) ^ flip, ((words[3] >> shift) & mask) ^ flip,
     )  # fmt: skip
 
 
@@ -105,7 +102,7 @@ def _few_share(
         for i in tl.static_range(2):
             c = zero4
             for s in tl.static_range(D // 32):
-                a = _operand_of(keys, half * (D // 4) + i * (D // 8) + 4 * s, k_bits, k_flip)
+                a = _operand_of(keys, half * (D // 4) + i * (D // 8) + 4 * s, k_bits, k_flip, D)
                 c = _mma(a, b[2 * s], b[2 * s + 1], c, False)
             x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
         if EXACT:
@@ -153,7 +150,7 @@ def _few_share(
             weigh = weigh + (_transposed(pair ^ (0x80800000 - (1 << 32))),)
         new = ()
         for i in tl.static_range(D // 16):
-            o = _mma(_operand_of(values, 8 * i + 4 * half, v_bits, v_flip), weigh[0], weigh[1], zero4, False)
+            o = _mma(_operand_of(values, 8 * i + 4 * half, v_bits, v_flip, D), weigh[0], weigh[1], zero4, False)
             new = new + (
                 acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * unscale,
                 acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,

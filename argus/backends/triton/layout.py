@@ -12,8 +12,9 @@ A block of 64 tokens and ``D`` channels is ``D / 2`` *words* a lane, four codes 
 - axis ``token`` (it sums over tokens): word ``(i, s, h, a)``, ``i < D / 16``, ``s, h, a < 2``, byte ``c`` is the code of
   token ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` and channel ``16 i + 8 a + g``.
 
-Words are cut into planes of ``b`` bits (:data:`argus.backends.base.PLANES`); word ``k`` lies in field ``k % (8 / b)`` of every
-byte of stored word ``k / (8 / b)``. Stored words ``w`` of a plane lie at ``(w / v, lane, w % v)``, ``v`` up to 16 bytes.
+Words are cut into planes of ``b`` bits (:data:`argus.backends.base.PLANES`) of ``n = D b / 16`` *stored words*; word ``k`` lies
+in field ``k / n`` of every byte of stored word ``k % n``, so that words which are summed have one place in their bytes and need
+no shift. Stored words ``w`` of a plane lie at ``(w / v, lane, w % v)``, ``v`` up to 16 bytes.
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ def pack(codes: Tensor, bits: int, axis: Axis) -> Tensor:
     shift = 0
     for plane in PLANES[bits]:
         fields = 8 // plane
-        low = ((words >> shift) & ((1 << plane) - 1)).unflatten(-3, (-1, fields))
-        stored = low[..., 0, :, :].clone()
+        low = ((words >> shift) & ((1 << plane) - 1)).unflatten(-3, (fields, -1))
+        stored = low[..., 0, :, :, :].clone()
         for j in range(1, fields):
-            stored |= low[..., j, :, :] << (j * plane)
+            stored |= low[..., j, :, :, :] << (j * plane)
         v = vector(stored.shape[-3])
         parts.append(stored.unflatten(-3, (-1, v)).transpose(-3, -2).flatten(-4))
         shift += plane
@@ -112,7 +113,7 @@ def unpack(packed: Tensor, bits: int, axis: Axis, page: int, dim: int) -> Tensor
         v = vector(stored)
         part = blocks[..., start : start + size].unflatten(-1, (-1, LANES, v, 4)).transpose(-3, -2).flatten(-4, -3)
         for j in range(fields):
-            words[..., j::fields, :, :] |= ((part >> (j * plane)) & ((1 << plane) - 1)) << shift
+            words[..., j * stored : (j + 1) * stored, :, :] |= ((part >> (j * plane)) & ((1 << plane) - 1)) << shift
         start += size
         shift += plane
     return from_words(words, axis)

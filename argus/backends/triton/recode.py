@@ -228,13 +228,15 @@ def _encoded(
 
 @triton.jit
 def _stored(codes, W: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NS: tl.constexpr, N: tl.constexpr):
-    """Stored word W of a plane: codes are words ``[S, i, a]``, which it joins in the order ``(i, S, a)``."""
+    """Stored word W of a plane: codes are words ``[S, i, a]``, of which it takes some in the order ``(i, S, a)``."""
     F: tl.constexpr = 8 // BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
     x = tl.zeros((32,), tl.int32)
     for f in tl.static_range(F):
-        # Word k = W * F + f = ((i * NS) + S) * 2 + a.
-        word = codes[((W * F + f) // 2 % NS) * N + (W * F + f) // (2 * NS) * 2 + (W * F + f) % 2]
+        # Word k = f * NS * N / F + W = ((i * NS) + S) * 2 + a.
+        word = codes[
+            ((f * (NS * N // F) + W) // 2 % NS) * N + (f * (NS * N // F) + W) // (2 * NS) * 2 + (f * (NS * N // F) + W) % 2
+        ]
         if BITS == 8:
             x = word
         else:
@@ -334,7 +336,7 @@ def _recode_kernel(
                 z = _quartet_scales(zeros_at, lane, unit, S, TOKENS, FROM_G, D)
         for m in tl.static_range(N):
             if SOURCE == CODES:
-                word = _word(words, m // 2 * (2 * NS) + S * 2 + m % 2, FROM_BITS, D)
+                word = _word(words, m // 2 * (2 * NS) + S * 2 + m % 2, FROM_BITS, D, 8 - FROM_BITS)
                 if FROM_SYMMETRIC:
                     x = x + _signed_values(word, s)
                 else:

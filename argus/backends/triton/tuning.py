@@ -23,6 +23,10 @@ PROJECTED, SIXTEEN, EIGHT, DENSE, FEW = 0.9, 1.1, 0.9, 1.2, 1.5
 of codes of any width, in that of 64 tokens of 2-bit codes. They only divide work."""
 
 
+CODEC_REGISTERS = 168
+"""Registers that a lane of the codec's one-warp kernels may take."""
+
+
 def codec_warps(numbers: int) -> int:
     """Warps of a program that holds so many numbers in registers."""
     return max(1, min(16, numbers // 2048))
