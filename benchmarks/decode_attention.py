@@ -50,9 +50,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ladders = list(dict.fromkeys(row["ladder"] for row in rows))
     figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(shapes), 4), layout="constrained")
     width = 0.8 / len(ladders)
+    colours = plt.get_cmap("tab20").colors
     for i, ladder in enumerate(ladders):
         found = {(row["batch"], row["context"]): row["times_fp16"] for row in rows if row["ladder"] == ladder}
-        axes.bar([x + i * width for x in range(len(shapes))], [found.get(shape, 0) for shape in shapes], width, label=ladder)
+        places, heights = [x + i * width for x in range(len(shapes))], [found.get(shape, 0) for shape in shapes]
+        axes.bar(places, heights, width, label=ladder, color=colours[i % 20])
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(shapes))], [f"{b} x {c // 1024}k" for b, c in shapes])
     axes.set_ylabel("speed, best FP16 kernel = 1")

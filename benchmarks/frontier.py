@@ -1,8 +1,9 @@
 """Quality against measured bits a value on one model: tables and pictures of kept runs.
 
 ``python -m benchmarks.frontier`` prints what ``benchmarks/results/frontier.json`` holds: the set `shapes` (one stage for all
-pages beside ladders by age, one seed) and the set `capacities` (the newest tokens in one form, older ones projected, three
-seeds). Every row is a run that anyone can repeat: ``python -m argus <overrides> <run> seed=<seed>``; `--commands` prints them.
+pages beside ladders by age, one seed), the set `capacities` (the newest tokens in one form, older ones projected, three seeds)
+and the set `eight` (the same with anchors in 8 bits, ``n`` and ``s`` per cent of them novel and salient). Every row is a run that
+anyone can repeat: ``python -m argus <overrides> <run> seed=<seed>``; `--commands` prints them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import shlex
 import statistics
 from collections import defaultdict
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from rich.table import Table
 from argus.report import terminal
 
 Row = dict[str, Any]
+NEAR = 0.25
+"""Bits a value, and doublings of KL, within which a picture has one name for two points."""
 
 
 def gather(rows: list[Row], context: int) -> list[Row]:
@@ -63,7 +67,7 @@ def best(lines: list[Row]) -> set[str]:
 def show(lines: list[Row]) -> None:
     """Print the table."""
     table = Table(box=box.SIMPLE_HEAD)
-    for head in ("configuration", "bits", "x less", "dNLL", "spread", "KL", "seeds", "passkeys", "best"):
+    for head in ("configuration", "bits", "x less", "dNLL", "+-", "KL", "n", "keys", "best"):
         table.add_column(head, justify="left" if head == "configuration" else "right", no_wrap=True)
     marked = best(lines)
     for line in lines:
@@ -73,7 +77,8 @@ def show(lines: list[Row]) -> None:
         table.add_row(line["name"], *figures, str(line["seeds"]), passkeys, "*" if line["name"] in marked else "")
     console = terminal()
     console.print(table)
-    console.print("passkeys: found at the length where fewest are; *: no other line has fewer bits and a smaller KL")
+    console.print("+-: spread over n seeds; keys: passkeys found at the length where fewest are;")
+    console.print("*: no other line has fewer bits and a smaller KL")
 
 
 def by_age(name: str) -> bool:
@@ -93,8 +98,11 @@ def draw(lines: list[Row], path: Path) -> None:
     for label, aged, marker in (("one stage for all pages", False, "o"), ("newest pages in more bits", True, "^")):
         chosen = [line for line in lines if by_age(line["name"]) == aged]
         axes.scatter([line["bits"] for line in chosen], [line["kl"] for line in chosen], marker=marker, label=label)
+    last = (0.0, 0.0)
     for line in lines:
-        if line["name"] in marked:
+        near = abs(line["bits"] - last[0]) < NEAR and abs(log2(line["kl"] / last[1])) < NEAR
+        if line["name"] in marked and not near:
+            last = (line["bits"], line["kl"])
             axes.annotate(line["name"], (line["bits"], line["kl"]), fontsize=6, xytext=(3, -7), textcoords="offset points")
     axes.set(xlabel="measured bits a value", ylabel="KL, nats", yscale="log")
     axes.legend()
@@ -113,7 +121,7 @@ def main() -> None:
         for row in rows:
             print(shlex.join(["python", "-m", "argus", *row["overrides"], *row["run"], f"seed={row['seed']}"]))
         return
-    for name in ("shapes", "capacities"):
+    for name in dict.fromkeys(row["set"] for row in rows):
         lines = gather([row for row in rows if row["set"] == name], options.context)
         show(lines)
         draw(lines, options.rows.with_name(f"frontier-{name}.png"))
