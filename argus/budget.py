@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from argus.config import Budget
-from argus.engine import LayerCache, Plan
+from argus.engine import Context, LayerCache, Plan
 from argus.errors import ConfigError
 from argus.ledger import Match, measure
+from argus.policies.base import RECENT
 from argus.tiers.base import ROLES
 
 LEAST, MOST = 2.0**-12, 2.0**12
@@ -91,7 +92,7 @@ def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, layers: int
     scaled = replace(plan, aging=policy, stages=stages)
     layer = LayerCache(scaled)
     layer.write(keys, values)
-    layer.age()
+    layer.age(Context(queries=keys[:, :, -RECENT:].float()))
     own = measure(layer.tensors(), layer.values)
     shared = measure((("", tensor) for s in stages for role in ROLES for tensor in s.tier(role).shared().values()), 0)
     bits = 8 * (layers * own.bytes + shared.bytes) / (layers * own.values)

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.frontier`` prints what ``benchmarks/results/frontier.json`` holds: the set `shapes` (one stage for all
 pages beside ladders by age, one seed), the set `capacities` (the newest tokens in one form, older ones projected, three seeds)
-and the set `eight` (the same with anchors in 8 bits, ``n`` and ``s`` per cent of them novel and salient). Every row is a run that
+and the set `eight` (the same with anchors in 8 bits, ``n`` and ``s`` per cent novel and salient). Every row is a run that
 anyone can repeat: ``python -m argus <overrides> <run> seed=<seed>``; `--commands` prints them.
 """
 

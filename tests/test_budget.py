@@ -47,7 +47,7 @@ class Plugin:
         return {"reverse": Reverse}
 
 
-@pytest.mark.parametrize("policy", ["fifo", "log", "uniform", "reverse"])
+@pytest.mark.parametrize("policy", ["fifo", "log", "uniform", "salience", "reverse"])
 def test_every_policy_meets_the_budget_to_a_page(policy):
     """By as much as one page weighs between the first and the last stage, or for log a page of each stage."""
     words = ["aging=fifo", "aging.policy=reverse"] if policy == "reverse" else [f"aging={policy}"]
@@ -70,13 +70,13 @@ def test_policies_of_one_budget_take_the_same_bytes():
     assert all(4.25 < bits <= 4.4 for bits in found.values())
 
 
-@pytest.mark.parametrize("policy", ["fifo", "log", "uniform"])
-@pytest.mark.parametrize("anchors", ["none", "default"])
+@pytest.mark.parametrize("policy", ["fifo", "log", "uniform", "salience"])
+@pytest.mark.parametrize("anchors", ["none", "default", "salience"])
 def test_a_run_takes_what_the_budget_says(policy, anchors):
     """The cache of a model at that context, measured, takes exactly the bits that were reached."""
     model = tiny("llama")
     groups = [f"tiers.stages.{stage}.group_size=8" for stage in ("int4", "int2")]
-    bits = {"none": 5.5, "default": 7.0}[anchors]
+    bits = {"none": 5.5, "default": 7.0, "salience": 7.0}[anchors]
     cache = ArgusCache(model, [*LADDER, *groups, f"aging={policy}", f"anchors={anchors}", f"budget.bits={bits}"])
     with torch.no_grad():
         model(torch.randint(2, SMALL["vocab_size"], (1, CONTEXT)), past_key_values=cache)
