@@ -178,8 +178,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     ConfigError
         If an override names a group, an option or a key that does not exist.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    from hydra import compose as hydra_compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from hydra.initialize import get_gh_backup, restore_gh_from_backup

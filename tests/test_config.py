@@ -153,8 +153,7 @@ def test_a_run_holds_a_cache():
 
 def test_compose_inside_a_program_that_uses_hydra():
     """A program with a Hydra of its own can compose a cache and go on."""
-    from hydra import compose as theirs
-    from hydra import initialize_config_module
+    from hydra import compose as theirs, initialize_config_module
 
     with initialize_config_module("argus.conf", version_base="1.3"):
         assert theirs("config").seed == 0

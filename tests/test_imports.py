@@ -34,7 +34,7 @@ ALLOWED = {
     "backends": ("errors", "hookspecs", "attention", "backends"),
     "engine": ("errors", "attention", "pages", "exact", "ledger", "backends.base", "policies.base", "tiers.base"),
     "build": ("errors", "config", "plugins", "engine", "backends.base", "policies.base", "tiers.base"),
-    "budget": ("errors", "config", "engine", "ledger", "tiers.base"),
+    "budget": ("errors", "config", "engine", "ledger", "policies.base", "tiers.base"),
     "adapters": (
         "errors",
         "attention",

@@ -11,9 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from argus.backends.base import PLANES, Axis, Backend
-from argus.backends.base import Payload as Payload
-from argus.backends.base import Role as Role
+from argus.backends.base import PLANES, Axis, Backend, Payload as Payload, Role as Role
 from argus.errors import ConfigError, RangeError
 
 ROLES: tuple[Role, Role] = ("keys", "values")

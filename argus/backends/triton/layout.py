@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from argus.backends.base import PLANES, Axis
-from argus.backends.cpu import pack as pack_planar
-from argus.backends.cpu import unpack as unpack_planar
+from argus.backends.cpu import pack as pack_planar, unpack as unpack_planar
 
 BLOCK = 64
 """Tokens of a block."""
