@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from types import SimpleNamespace
@@ -318,6 +319,16 @@ def test_what_no_kernel_reads_is_decoded() -> None:
     case.check()
     long = Case(FORMS["int4"], FORMS["int2-token"], steps=9)
     long.check()
+
+
+def test_compiling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(Plain(), Plain(), counts=(1,), batch=1, heads=1)
+    with caplog.at_level(logging.INFO, "argus"):
+        case.check()
+        case.check()
+    assert [record.message for record in caplog.records if "compiled" in record.message] == [
+        "attention kernels for 2 kinds of parts are compiled, unless Triton has kept them"
+    ]
 
 
 def test_tables_follow_the_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,10 @@ from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
 
 if TYPE_CHECKING:
+    from argus.backends.triton.launch import Job
     from argus.tiers.base import Tier
 
+LOG = logging.getLogger(__name__)
 DECODE = 8
 """Query tokens up to which the fused kernels answer from codes; longer chunks decode a bounded block at a time to FP16."""
 ROWS = 128
@@ -37,6 +40,7 @@ class TritonBackend(CpuBackend):
     def __init__(self) -> None:
         self.tables = Tables()
         self.sights = Sights()
+        self._compiled: set[tuple[object, ...]] = set()
 
     def quantize(self, x: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec, convert
@@ -111,6 +115,7 @@ class TritonBackend(CpuBackend):
 
         pages = self.tables.of(segments)
         jobs = launch.plan(query, [*pages.runs, *(part for part in dense if part.keys.shape[2])])
+        self._tell(query.rows.shape[-1], jobs)
         work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
         self.workspace = max(self.workspace, 4 * (work.out.numel() + work.lse.numel()))
         slot = launch.answer_all(query, jobs, work)
@@ -120,6 +125,13 @@ class TritonBackend(CpuBackend):
             work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
             slot += 1
         return launch.merge(query, work, sinks)
+
+    def _tell(self, dim: int, jobs: Sequence[Job]) -> None:
+        """Log that kernels are about to be compiled, which is when they are first asked for parts of these kinds."""
+        kinds = (dim, *((job.share, job.constants) for job in jobs))
+        if kinds not in self._compiled:
+            self._compiled.add(kinds)
+            LOG.info("attention kernels for %d kinds of parts are compiled, unless Triton has kept them", len(jobs))
 
     def _attend_chunk(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None) -> Tensor:
         # Who keeps exact tokens in float32 wants more than FP16 products.

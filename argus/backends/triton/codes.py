@@ -183,6 +183,19 @@ def _fold(q_at, scales, zeros, signed, part, D: tl.constexpr, SYMMETRIC: tl.cons
 
 
 @triton.jit
+def _answered(at, row, rows, g, m, total, offset, acc, D: tl.constexpr):
+    """Store average and log-sum-exp; each lane has a share of the sums."""
+    total = _sum(total)
+    offset = _sum(offset)
+    safe = tl.where(total > 0.0, total, 1.0)
+    shown = row < rows
+    to = at[0].to(tl.int64) + (row * D + g) * 4
+    for i in tl.static_range(D // 8):
+        _store1(to + i * 32, (acc[i] + offset) / safe, shown)
+    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=shown & (g == 0))
+
+
+@triton.jit
 def _codes_share(
     q_ptr, run, at, where, mask, lowest, cap, begin, end,
     P: tl.constexpr, D: tl.constexpr, KBITS: tl.constexpr, KG: tl.constexpr, KSYM: tl.constexpr,
@@ -320,11 +333,4 @@ def _codes_share(
         if PREFETCH:
             keys = next_keys
             values = next_values
-    total = _sum(total)
-    offset_total = _sum(offset_total)
-    safe = tl.where(total > 0.0, total, 1.0)
-    shown = row < where[2]
-    to = at[0].to(tl.int64) + (row * D + g) * 4
-    for i in tl.static_range(D // 8):
-        _store1(to + i * 32, (acc[i] + offset_total) / safe, shown)
-    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=shown & (g == 0))
+    _answered(at, row, where[2], g, m, total, offset_total, acc, D)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codes import _fold, _quarters
+from argus.backends.triton.codes import _answered, _fold, _quarters
 from argus.backends.triton.lanes import (
     LOG2E,
     REACH,
@@ -22,8 +22,6 @@ from argus.backends.triton.lanes import (
     _load4,
     _mma,
     _most,
-    _store1,
-    _sum,
     _transposed,
 )
 
@@ -156,11 +154,4 @@ def _few_share(
                 acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,
             )
         acc = new
-    total = _sum(total)
-    offset_total = _sum(offset_total)
-    safe = tl.where(total > 0.0, total, 1.0)
-    shown = row < where[2]
-    to = at[0].to(tl.int64) + (row * D + g) * 4
-    for i in tl.static_range(D // 8):
-        _store1(to + i * 32, (acc[i] + offset_total) / safe, shown)
-    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=shown & (g == 0))
+    _answered(at, row, where[2], g, m, total, offset_total, acc, D)
