@@ -94,20 +94,28 @@ def draw_heat(rows: Sequence[Row], path: Path) -> None:
     """Accuracy by context and depth, one panel a cache, of rows with ``cache``, ``context``, ``depth`` and ``accuracy``."""
     found = {(row["cache"], row["depth"], row["context"]): row["accuracy"] for row in rows}
     names, depths, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("cache", "depth", "context"))
-    figure = Figure(figsize=(1.5 + max(2.0, 0.7 * len(lengths)) * len(names), 1.5 + 0.45 * len(depths)))
+    wide = max(1.6, 0.65 * len(lengths))
+    figure = Figure(figsize=(1.6 + wide * len(names), 1.3 + 0.42 * len(depths)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         grid = [[found[name, depth, length] for length in lengths] for depth in depths]
-        shown = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        shown = axes.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlBu", edgecolors="white", linewidth=1.5)
         for y, line in enumerate(grid):
             for x, share in enumerate(line):
-                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
-        axes.set_title(name)
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
-        axes.set_xlabel("context, tokens")
+                colour = "black" if 0.2 < share < 0.8 else "white"
+                axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=colour)
+        axes.set_title(name, fontsize=11)
+        axes.set_xticks([x + 0.5 for x in range(len(lengths))], [str(length) for length in lengths])
+        axes.set_yticks([y + 0.5 for y in range(len(depths))], [f"{100 * depth:g} %" for depth in depths])
+        axes.set_ylim(len(depths), 0)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(shown, ax=list(panels), label="accuracy")
+    figure.supxlabel("context, tokens", fontsize=10)
+    bar = figure.colorbar(
+        shown, ax=list(panels), label="accuracy, %", ticks=[0, 0.5, 1], format=lambda share, _: f"{100 * share:.0f}"
+    )
+    bar.outline.set_visible(False)
     save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -198,12 +199,46 @@ def test_recall_counts_right_answers(compared):
     assert recall(found[0], batch) >= 1 / batch.answers.shape[1]
 
 
-@pytest.mark.skipif(not list(models.WEIGHTS.glob("*.safetensors")), reason="no weights were trained yet")
 @pytest.mark.parametrize("name", sorted(models.KINDS))
 def test_kept_weights_load(name):
     model, facts = models.load(name)
     assert facts["parameters"] == models.parameters(model)
     assert all(word in facts["command"] for word in ("benchmarks.comparison.train", name))
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """Every contestant of the trained trio, by the names of its row."""
+    options = table.options_of(["--device", "cpu", "--ladders", "default", "int4"])
+    config = table.validate(table.RunConfig, table.compose(["model.device=cpu"]))
+    found, training = table.trio(config, options)
+    return {(one.model, one.cache): one for one in found}, training
+
+
+@pytest.mark.parametrize("length", [64, 512])
+def test_the_kept_trio_recalls(kept, length):
+    found, _ = kept
+    batch = data.exam(length, 4, 0)
+    with torch.inference_mode():
+        assert {name: recall(one, batch) for name, one in found.items()} == dict.fromkeys(found, 1.0)
+
+
+def test_int4_recalls_where_the_cache_is_all_codes(kept):
+    """64 pairs in 1024 tokens, all but the window and one token in twenty in 4 bits."""
+    found, _ = kept
+    batch = data.exam(1024, 2, 0)
+    with torch.inference_mode():
+        assert recall(found["transformer", "argus int4"], batch) == recall(found["transformer", "fp16"], batch) == 1
+
+
+def test_kept_figures_are_of_the_kept_weights(kept):
+    """The Markdown is the JSON's table, and the JSON tells the training of the weights beside it."""
+    _, training = kept
+    folder = models.WEIGHTS.parents[1] / "results"
+    facts = json.loads((folder / "comparison.json").read_text())
+    assert facts["training"] == training
+    assert (folder / "comparison.md").read_text() == table.markdown(facts["rows"])
+    assert {row["length"] for row in facts["rows"]} == set(data.LENGTHS)
 
 
 @pytest.mark.parametrize("packer", sorted(lossless.PACKERS))

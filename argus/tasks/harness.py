@@ -96,7 +96,7 @@ def known_tasks(config: HarnessConfig) -> Any:
         If lm-eval is not installed or does not know a task.
     """
     if find_spec(PACKAGE) is None:
-        raise ConfigError("task=harness needs lm-eval, which is not installed; pip install 'argus-kv[lm-eval]'")
+        raise ConfigError("task=harness needs lm-eval, which is not installed; pip install lm-eval")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=config.include)

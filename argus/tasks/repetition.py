@@ -1,7 +1,8 @@
-"""Repetition: long greedy continuations, how many of their n-grams are distinct, and whether they end in a loop.
+"""Repetition: long continuations, greedy or drawn, how many of their n-grams are distinct, and whether they end in a loop.
 
 Greedy text of a language model may fall into loops (Holtzman et al. 2020, arXiv:1904.09751); a compressed cache is said to
-bring them on. Texts that loop with one cache only are its doing, so look at the row of the first cache too.
+bring them on. Texts that loop with one cache only are its doing, so look at the row of the first cache too. Small models loop
+in greedy text with any cache: ``temperature`` draws the tokens, from the same seed for every cache.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from argus.hookspecs import hookimpl
 from argus.tasks.base import CacheKind, Row, Run, Task, TaskConfig
 from argus.tasks.generate import distinct, prompt_ids, stop_ids
-from argus.tasks.steps import Clock, decode, forward, ids_of, memory
+from argus.tasks.steps import Clock, decode, forward, ids_of, memory, sampler
 
 REPEATS = 3
 """How often a period must stand at the end of a text to be a loop."""
@@ -28,10 +29,12 @@ PROMPTS = (
 
 
 class RepetitionConfig(TaskConfig):
-    """Options of repetition: prompts, tokens to decode after each, orders of the n-grams, and the fewest tokens of a loop."""
+    """Options of repetition: prompts, tokens to decode after each, at which temperature (0: greedily), orders of the n-grams,
+    and the fewest tokens of a loop."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = PROMPTS
     tokens: PositiveInt = 512
+    temperature: NonNegativeFloat = 0
     orders: tuple[PositiveInt, ...] = (1, 2, 3)
     loop: PositiveInt = 32
 
@@ -70,7 +73,8 @@ class Repetition(Task):
             run.tell(f"repetition: {config.tokens} tokens, prompt {number} of {len(config.prompts)}, {name}")
             ids, cache = prompt_ids(run, prompt), kind.make(run)
             logits = forward(run, cache, ids_of(run, ids))[:, -1]
-            texts += decode(run, cache, logits, config.tokens, clock, never=stop_ids(run))
+            choose = sampler(config.temperature, run.seed + number)
+            texts += decode(run, cache, logits, config.tokens, clock, stop_ids(run), choose)
             sizes[cache.get_seq_length()] = memory(kind.ledger(cache))
         loops = [loop(text, config.loop) for text in texts]
         return {

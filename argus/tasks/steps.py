@@ -1,10 +1,10 @@
-"""What tasks share: feed a prompt, decode greedily, score a continuation, each timed."""
+"""What tasks share: feed a prompt, decode, score a continuation, each timed."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -66,15 +66,39 @@ def feed(run: Run, held: Any, ids: Tensor, last: bool = True) -> Tensor:
     return logits[-1] if last else logits
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token ``[B]`` of logits ``[B, V]``."""
+    return logits.argmax(-1)
+
+
+def sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """A chooser of tokens like :func:`greedy` that draws them at a temperature; at 0 it is that."""
+    if temperature == 0:
+        return greedy
+    draw = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        shares = (logits.float().cpu() / temperature).softmax(-1)
+        return torch.multinomial(shares, 1, generator=draw)[:, 0].to(logits.device)
+
+    return choose
+
+
 def decode(
-    run: Run, held: Any, logits: Tensor, tokens: int, clock: Clock | None = None, never: Sequence[int] = ()
+    run: Run,
+    held: Any,
+    logits: Tensor,
+    tokens: int,
+    clock: Clock | None = None,
+    never: Sequence[int] = (),
+    choose: Callable[[Tensor], Tensor] = greedy,
 ) -> list[list[int]]:
-    """Decode `tokens` tokens of every row greedily, the first from `logits` ``[B, V]``; those in `never` are not chosen."""
+    """Decode `tokens` tokens of every row, the first from `logits` ``[B, V]``; those in `never` are not chosen."""
     timer = clock or Clock(run.device)
     barred = torch.tensor(never, dtype=torch.long, device=run.device)
     out: list[Tensor] = []
     while True:
-        out.append(logits.index_fill(-1, barred, -torch.inf).argmax(-1))
+        out.append(choose(logits.index_fill(-1, barred, -torch.inf)))
         if len(out) == tokens:
             return torch.stack(out, 1).tolist()
         with timer.timed():

@@ -13,7 +13,7 @@ from argus.errors import ConfigError
 from argus.tasks import perplexity
 from argus.tasks.perplexity import Perplexity, PerplexityConfig, window, written
 from argus.tasks.repetition import Repetition, RepetitionConfig, loop
-from argus.tasks.steps import Clock, feed, passage
+from argus.tasks.steps import Clock, feed, passage, sampler
 
 
 def logits_of(run, kind, ids, context: int) -> torch.Tensor:
@@ -138,6 +138,27 @@ def test_repetition(run):
         assert row["loops"] == sum(period is not None for period in row["loop_periods"]) / 2
         assert row["cache_bytes"] > 0
     assert rows[1]["cache_bytes"] < rows[0]["cache_bytes"]
+
+
+def test_drawn_texts_depend_on_the_seed_and_on_nothing_else(run):
+    """The same cache under two names writes the same; another seed does not."""
+    run.caches = {"fp16": run.caches["fp16"], "again": run.caches["fp16"]}
+    config = RepetitionConfig(prompts=("Tell a story.", "Say it again and again."), tokens=30, temperature=2.0)
+    first, again = (row["texts"] for row in Repetition(config).run(run))
+    run.seed += 100
+    other = next(iter(Repetition(config).run(run)))["texts"]
+    greedy = next(iter(Repetition(config.model_copy(update={"temperature": 0.0})).run(run)))["texts"]
+    assert first == again
+    assert len({tuple(texts) for texts in (first, other, greedy)}) == 3
+
+
+def test_a_sampler_draws_as_often_as_the_model_says():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]]).expand(4000, -1)
+    for temperature in (0.5, 1.0):
+        drawn = sampler(temperature, 0)(logits)
+        assert drawn.max() == 1
+        assert float(drawn.float().mean()) == pytest.approx(float(torch.tensor(1 / temperature).sigmoid()), abs=0.03)
+    assert torch.equal(sampler(0, 0)(logits), logits.argmax(-1))
 
 
 def test_a_loop_is_found_in_what_a_model_writes(run):
