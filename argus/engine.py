@@ -139,15 +139,18 @@ class LayerCache:
     @property
     def values(self) -> int:
         """Numbers that the tokens held have in keys and values together."""
-        if self.shape is None:
-            return 0
-        batch, heads, dim = self.shape
+        batch, heads, dim = self.shape or (0, 0, 0)
         return 2 * batch * heads * dim * self.length
 
     @property
     def length(self) -> int:
         """Tokens held."""
         return len(self.where) * self.plan.page_size + len(self.window)
+
+    @property
+    def due(self) -> int:
+        """Pages that the next :meth:`age` lets leave the window."""
+        return max(0, len(self.window) - self.plan.window) // self.plan.page_size
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Take the next tokens, ``[B, H, S, D]``, exact."""
@@ -218,8 +221,7 @@ class LayerCache:
         RangeError
             If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
         """
-        born = max(0, len(self.window) - self.plan.window) // self.plan.page_size
-        if not born:
+        if not (born := self.due):
             self.window.settle()
             return
         known = known or Context()

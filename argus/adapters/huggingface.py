@@ -98,14 +98,14 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        self.engine.age(Context(self.transcript.tokens, self.transcript.padding, self._recent(query, scale)))
+        self.engine.age(Context(self.transcript.tokens, self.transcript.padding, self._recent(module, query, scale)))
         return out
 
-    def _recent(self, query: Tensor, scale: float) -> Tensor | None:
-        """The newest queries ``[B, H, R, D]``, if a policy asks for them."""
-        if not self.engine.plan.needs_queries or self.engine.shape is None:
+    def _recent(self, module: Any, query: Tensor, scale: float) -> Tensor | None:
+        """The newest queries ``[B, H, R, D]``, if pages leave the window now and a policy asks for them."""
+        if not self.engine.due or not self.engine.plan.needs_queries:
             return None
-        return Query.of(query[:, :, -RECENT:], self.engine.shape[1], scale, 0).rows
+        return Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
 
     def get_seq_length(self) -> int:
         return self.engine.length
