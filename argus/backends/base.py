@@ -22,7 +22,6 @@ from argus.backends.forms import (
     Plain as Plain,
     Projected as Projected,
     Role as Role,
-    folded as folded,
     grouped as grouped,
     round_up as round_up,
 )
@@ -195,7 +194,7 @@ class Backend(ABC):
         dict of str to Tensor
             ``codes`` uint8 (or int8, symmetric), ``scale`` float16 and, unless symmetric, ``zero`` float16. Scales and
             zeros are ``[n, B, H, P/g, D]`` for ``channel`` and ``[n, B, H, P, D/g]`` for ``token``. Codes are computed
-            from the rounded scale and zero; those of a centred form from the mean, its sum taken as :func:`folded` tells.
+            from the rounded scale and zero; those of a centred form from the mean, summed in float64 and rounded to float32.
         """
 
     @abstractmethod

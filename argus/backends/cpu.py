@@ -17,7 +17,6 @@ from argus.backends.base import (
     Payload,
     Role,
     Segment,
-    folded,
     grouped,
     round_up,
     visible_pages,
@@ -25,6 +24,7 @@ from argus.backends.base import (
 from argus.hookspecs import hookimpl
 
 FP8_MAX = 448.0
+
 
 def round_down(x: Tensor) -> Tensor:
     """The largest float16 not above `x` (float32, within FP16's range)."""
@@ -100,8 +100,8 @@ class CpuBackend(Backend):
             codes = (parts / step).round_().clamp_(-half, half).to(torch.int8)
             return {"codes": codes.view(x.shape), "scale": scale}
         if form.centred:
-            centre = folded(parts, dim, form.axis) / parts.shape[dim]
-            apart = folded((parts - centre.unsqueeze(dim)).abs_(), dim, form.axis) / parts.shape[dim]
+            centre = parts.mean(dim, dtype=torch.float64).float()
+            apart = (parts - centre.unsqueeze(dim)).abs_().mean(dim, dtype=torch.float64).float()
             codes = (parts >= centre.unsqueeze(dim)).to(torch.uint8).view(x.shape)
             return self.affine(codes, (2 * apart).to(torch.float16), (centre - apart).to(torch.float16), form)
         low, high = torch.aminmax(parts, dim=dim)

@@ -128,21 +128,3 @@ def round_up(x: Tensor) -> Tensor:
     half = x.to(torch.float16)
     step = torch.where(half.signbit(), -1, 1).to(torch.int16) * (half.float() < x)
     return (half.view(torch.int16) + step).view(torch.float16)
-
-
-def folded(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Sum along a dimension (negative) in an order that kernels keep too, so that their sums are the same bit by bit.
-
-    Numbers are added in pairs until one is left: neighbours where groups run along tokens (``channel``), the first half to
-    the second where they run along channels (``token``). An odd one out waits for the next round.
-    """
-    while (size := x.shape[dim]) > 1:
-        half = size // 2
-        pairs = x.narrow(dim, 0, 2 * half)
-        if axis == "channel":
-            first, second = pairs.unflatten(dim, (half, 2)).unbind(dim)
-        else:
-            first, second = pairs.split(half, dim)
-        total = first + second
-        x = torch.cat([total, x.narrow(dim, size - 1, 1)], dim) if size % 2 else total
-    return x.squeeze(dim)

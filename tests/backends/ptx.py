@@ -32,6 +32,9 @@ def inline_asm(
         results = [words[:, i] for i in range(width)]
     elif name == "prefetch.global.L2":
         results = [np.zeros(32, np.int32)]
+    elif name in ("max.u16x2", "min.u16x2"):
+        a, b = (np.ascontiguousarray(x.astype(np.int32)).view(np.uint16) for x in arrays)
+        results = [(np.maximum if name.startswith("max") else np.minimum)(a, b).view(np.int32)]
     elif name == "prmt.b32":
         results = [prmt(*arrays)]
     elif name.startswith("shfl.sync.bfly"):

@@ -158,7 +158,15 @@ def test_any_forms(first: str, second: str) -> None:
 @pytest.mark.parametrize(("page", "dim"), [(128, 32), (64, 256), (64, 96), (24, 80), (48, 64)])
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("fp8", "int8"), ("int4-token", "int2-token"), ("int2", "sign"), ("fp16", "sign-token"), ("fp16", "fp8")],
+    [
+        ("fp8", "int8"),
+        ("int4", "int2"),
+        ("int4-token", "int2-token"),
+        ("int2", "sign"),
+        ("int2-token", "sign-token"),
+        ("fp16", "sign-token"),
+        ("fp16", "fp8"),
+    ],
 )
 def test_any_shape(first: str, second: str, page: int, dim: int) -> None:
     forms = [Float8("channel", 8) if name == "fp8" and page % 32 else FORMS[name] for name in (first, second)]
@@ -168,7 +176,7 @@ def test_any_shape(first: str, second: str, page: int, dim: int) -> None:
 @pytest.mark.parametrize("name", ["sign", "sign-token", "int4", "int4-token", "int8-token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_numbers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PLAIN", dict.fromkeys(("channel", "token"), ("sign", "range", "e4m3")))
+    monkeypatch.setattr(convert, "PLAIN", dict.fromkeys(("channel", "token"), ("range", "e4m3")))
     x, form = pages(64, 64).to(dtype), FORMS[name]
     same_as_oracle(TritonBackend().quantize(x, form), CpuBackend().quantize(x.float().cpu(), form), form, 64, 64)
 
@@ -196,6 +204,29 @@ def test_quotients_round_as_divisions(seed: int, monkeypatch: pytest.MonkeyPatch
     x[..., 0, :], x[..., 1, :] = 0.0, 15 * step
     form = Affine(4, "channel")
     same_as_oracle(TritonBackend().quantize(x.to(DEVICE), form), CpuBackend().quantize(x, form), form, 64, 64)
+
+
+@pytest.mark.parametrize(("bits", "axis", "group"), [(4, "channel", None), (4, "channel", 32), (4, "token", None),
+                                                     (2, "channel", None), (2, "channel", 32), (2, "token", None)])  # fmt: skip
+def test_codes_narrow_whatever_their_scales(bits: int, axis: str, group: int | None) -> None:
+    """Scales below zero, none, the least there are, and such that neighbouring codes are one number; few codes, or one."""
+    generator = torch.Generator().manual_seed(bits)
+    source = Affine(bits, axis, group)
+    target = Affine(2, axis, group) if bits == 4 else Affine(1, axis, group, centred=True)
+    count = 6
+    shape = (count, 1, 1, 64 // (group or 64), 64) if axis == "channel" else (count, 1, 1, 64, 1)
+    codes = torch.randint(0, 1 << bits, (count, 1, 1, 64, 64), generator=generator, dtype=torch.uint8)
+    codes[1] &= 5 % (1 << bits)
+    codes[2] = codes[2, ..., :1, :1]
+    scale = (torch.randn(shape, generator=generator) * 10 ** (torch.rand(shape, generator=generator) * 6 - 5)).half()
+    zero = (torch.randn(shape, generator=generator) * 10 ** (torch.rand(shape, generator=generator) * 6 - 4)).half()
+    scale[3], scale[4], zero[5] = 0.0, 2.0**-24, 60000.0
+    backend = TritonBackend()
+    held = backend.affine(codes.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE), source)
+    made = backend._recoded(held, source, target)
+    assert made is not None
+    decoded = backend.dequantize(held, source).cpu()
+    same_as_oracle(made, CpuBackend().quantize(decoded, target), target, 64, 64)
 
 
 def projected(inner: object, ratio: int = 4) -> Projected:

@@ -1,4 +1,4 @@
-"""Projecting pages, and one kernel from pages or codes of a stage to their archive: mean, coefficients, and codes of these."""
+"""Projecting pages, and one kernel from pages to their archive: mean, coefficients, and codes of these."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
-from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _unpack, _whole, shape_of
+from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _whole
 from argus.backends.triton.forms import ELEMENTS
 
-PRECISION = "tf32x3"
-"""How coefficients are multiplied: ``tf32x3`` on tensor cores, with an error near float32's, or ``ieee`` on ordinary ones."""
-WARPS = 4
-"""Warps of a program, at least."""
+SLICE = 32
+"""Channels that are projected at once, at most: what one warp holds of a page in registers."""
 
 
 @triton.jit
@@ -40,111 +38,117 @@ def _project_kernel(
 
 
 @triton.jit
-def _planar_plane(
-    codes, out, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
-    """Store one plane of codes ``[R, D]``, as :func:`argus.backends.cpu.pack` packs them."""
-    F: tl.constexpr = 8 // BITS
-    W: tl.constexpr = D // F
-    low = (codes >> SHIFT) & ((1 << BITS) - 1)
-    if F > 1:
-        low = _bytes_of(low, R, W, F, BITS)
-    at = tl.arange(0, R)[:, None] * (D * TOTAL // 8) + START + tl.arange(0, W)[None, :]
-    tl.store(out + at, low.to(tl.uint8))
+def _projected(x_ptr, w, mean_ptr, P: tl.constexpr, D: tl.constexpr, SL: tl.constexpr):
+    """Coefficients of a slice of channels; their mean is stored."""
+    channel = tl.arange(0, SL)
+    x = tl.load(x_ptr + tl.arange(0, P)[:, None] * D + channel[None, :]).to(tl.float32)
+    mean = (tl.sum(x.to(tl.float64), 0) * (1.0 / P)).to(tl.float32).to(tl.float16)
+    tl.store(mean_ptr + channel, mean)
+    # Three products of tf32 on tensor cores, with an error near float32's.
+    return tl.dot(w, x - mean.to(tl.float32)[None, :], input_precision="tf32x3")
 
 
 @triton.jit
-def _bytes_of(x, R: tl.constexpr, W: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr):
-    """Codes ``[R, F * W]`` as bytes ``[R, W]`` that hold element ``j * W + c`` in field j of byte c; in halves, by pairs."""
-    low, high = tl.split(tl.permute(tl.reshape(x, (R, 2, F // 2 * W)), (0, 2, 1)))
-    x = low | (high << (BITS * F // 2))
-    if F >= 4:
-        low, high = tl.split(tl.permute(tl.reshape(x, (R, 2, F // 4 * W)), (0, 2, 1)))
-        x = low | (high << (BITS * F // 4))
-    if F >= 8:
-        low, high = tl.split(tl.permute(tl.reshape(x, (R, 2, W)), (0, 2, 1)))
-        x = low | (high << BITS)
-    return x
+def _steps(low, high, KIND: tl.constexpr, TOP: tl.constexpr):
+    """Scale and zero of groups that reach from low to high; KIND 2: about zero."""
+    if KIND == 2:
+        largest = tl.maximum(-low, high)
+        scale = _round_up(_over(largest, largest * 0.0 + (TOP >> 1)))
+        zero = scale
+    else:
+        scale, zero = _affine(low, high, TOP)
+    return scale, zero
+
+
+@triton.jit
+def _coded(x, scale, zero, KIND: tl.constexpr, TOP: tl.constexpr):
+    if KIND == 2:
+        step = scale.to(tl.float32)
+        step = tl.where(step == 0.0, 1.0, step)
+        code = tl.minimum(tl.maximum(_rounded_even(_over(x, step)), -(TOP >> 1)), TOP >> 1) & 255
+    else:
+        code = _code(x, scale, zero, TOP)
+    return code
+
+
+@triton.jit
+def _store_plane(
+    codes, out, held, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, SL: tl.constexpr,
+):  # fmt: skip
+    """Store one plane of slices of codes ``[M, SL]``, as :func:`argus.backends.cpu.pack` packs them."""
+    F: tl.constexpr = 8 // BITS
+    N: tl.constexpr = D // F // SL
+    for j in tl.static_range(N):
+        byte = (codes[j] >> SHIFT) & ((1 << BITS) - 1)
+        for f in tl.static_range(1, F):
+            byte |= ((codes[j + f * N] >> SHIFT) & ((1 << BITS) - 1)) << (f * BITS)
+        at = tl.arange(0, M)[:, None] * (D * TOTAL // 8) + (START + j * SL) + tl.arange(0, SL)[None, :]
+        tl.store(out + at, byte.to(tl.uint8), mask=held)
 
 
 @triton.jit
 def _archive_kernel(
-    x_ptr, from_scale, from_zero, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
-    P: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    CODES: tl.constexpr, FROM_BITS: tl.constexpr, FROM_TOKENS: tl.constexpr, FROM_G: tl.constexpr, FROM_SYMMETRIC: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
+    P: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, SL: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Archive one page of one head; KIND 0: plain coefficients, 1: affine, 2: symmetric."""
+    """Archive one page of one head, R rows of M; KIND 0: plain coefficients, 1: affine, 2: symmetric."""
     page = tl.program_id(0).to(tl.int64)
-    token = tl.arange(0, P)[:, None]
-    channel = tl.arange(0, D)[None, :]
-    if CODES:
-        codes = _unpack(x_ptr + page * (P * D * FROM_BITS // 32), FROM_TOKENS, FROM_BITS, P, D)
-        if FROM_SYMMETRIC:
-            codes = (codes << 24) >> 24
-        if FROM_TOKENS:
-            at = page * (P * D // FROM_G) + token * (D // FROM_G) + channel // FROM_G
-        else:
-            at = page * (P // FROM_G * D) + (token // FROM_G) * D + channel
-        x = codes.to(tl.float32) * tl.load(from_scale + at).to(tl.float32)
-        if not FROM_SYMMETRIC:
-            x += tl.load(from_zero + at).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + page * P * D + token * D + channel).to(tl.float32)
-    mean = (tl.sum(x.to(tl.float64), 0) * (1.0 / P)).to(tl.float32).to(tl.float16)
-    tl.store(mean_ptr + page * D + tl.arange(0, D), mean)
-    rest = x - mean.to(tl.float32)[None, :]
-    row = tl.arange(0, R)
-    w = tl.load(matrix_ptr + row[:, None] * P + tl.arange(0, P)[None, :])
-    c = tl.dot(w, rest, input_precision=PRECISION)
+    row = tl.arange(0, M)
+    held = (row < R)[:, None]
+    w = tl.load(matrix_ptr + row[:, None] * P + tl.arange(0, P)[None, :], mask=held, other=0.0)
+    TOP: tl.constexpr = (1 << BITS) - 1
+    N: tl.constexpr = D // SL
+    parts = ()
+    for j in tl.static_range(N):
+        parts = parts + (_projected(x_ptr + page * P * D + j * SL, w, mean_ptr + page * D + j * SL, P, D, SL),)
     if KIND == 0:
-        tl.store(codes_ptr + page * R * D + row[:, None] * D + channel, c)
+        for j in tl.static_range(N):
+            at = page * R * D + row[:, None] * D + j * SL + tl.arange(0, SL)[None, :]
+            tl.store(codes_ptr + at, parts[j], mask=held)
     else:
+        codes = ()
         if TOKENS:
-            AXIS: tl.constexpr = 2
-            A: tl.constexpr = R
-            B: tl.constexpr = D // G
-            parts = tl.reshape(c, (R, B, G))
+            low, high = tl.min(parts[0], 1), tl.max(parts[0], 1)
+            for j in tl.static_range(1, N):
+                low, high = tl.minimum(low, tl.min(parts[j], 1)), tl.maximum(high, tl.max(parts[j], 1))
+            scale, zero = _steps(low, high, KIND, TOP)
+            tl.store(scale_ptr + page * R + row, scale, mask=row < R)
+            if KIND == 1:
+                tl.store(zero_ptr + page * R + row, zero, mask=row < R)
+            for j in tl.static_range(N):
+                codes = codes + (_coded(parts[j], scale[:, None], zero[:, None], KIND, TOP),)
         else:
-            AXIS: tl.constexpr = 1
-            A: tl.constexpr = R // G
-            B: tl.constexpr = D
-            parts = tl.reshape(c, (A, G, D))
-        TOP: tl.constexpr = (1 << BITS) - 1
-        to = page * A * B + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
-        if KIND == 2:
-            HALF: tl.constexpr = TOP >> 1
-            largest = tl.max(tl.abs(parts), AXIS)
-            scale = _round_up(_over(largest, largest * 0.0 + HALF))
-            step = tl.expand_dims(scale, AXIS).to(tl.float32)
-            step = tl.where(step == 0.0, 1.0, step)
-            code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
-        else:
-            scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
-            tl.store(zero_ptr + to, zero)
-            code = _code(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), TOP)
-        tl.store(scale_ptr + to, scale)
-        code = tl.reshape(code, (R, D))
+            group = tl.arange(0, M // G)
+            for j in tl.static_range(N):
+                x = tl.reshape(parts[j], (M // G, G, SL))
+                scale, zero = _steps(tl.min(x, 1), tl.max(x, 1), KIND, TOP)
+                at = (page * (R // G) + group[:, None]) * D + j * SL + tl.arange(0, SL)[None, :]
+                tl.store(scale_ptr + at, scale, mask=(group < R // G)[:, None])
+                if KIND == 1:
+                    tl.store(zero_ptr + at, zero, mask=(group < R // G)[:, None])
+                codes = codes + (tl.reshape(_coded(x, scale[:, None, :], zero[:, None, :], KIND, TOP), (M, SL)),)
         out = codes_ptr + page * (R * D * BITS // 8)
         if BITS & 8:
-            _planar_plane(code, out, 0, 0, 8, BITS, R, D)
+            _store_plane(codes, out, held, 0, 0, 8, BITS, M, D, SL)
         if BITS & 4:
-            _planar_plane(code, out, 0, 0, 4, BITS, R, D)
+            _store_plane(codes, out, held, 0, 0, 4, BITS, M, D, SL)
         if BITS & 2:
-            _planar_plane(code, out, (BITS & 4) * D // 8, BITS & 4, 2, BITS, R, D)
+            _store_plane(codes, out, held, (BITS & 4) * D // 8, BITS & 4, 2, BITS, M, D, SL)
         if BITS & 1:
-            _planar_plane(code, out, (BITS & 6) * D // 8, BITS & 6, 1, BITS, R, D)
+            _store_plane(codes, out, held, (BITS & 6) * D // 8, BITS & 6, 1, BITS, M, D, SL)
 
 
-def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payload | None:
-    """Pages in fragment order or plain, archived; None where a page is not one block or the inner form has no kernel.
+def archive(payload: Payload, source: object, form: Projected) -> Payload | None:
+    """Plain pages, archived; None where there is no kernel.
 
     Parameters
     ----------
     payload : dict of str to Tensor
         What `source` keeps of pages ``[n, B, H, P, D]``, plain numbers of any floating dtype.
-    source : Affine or Plain
+    source : object
+        The form in which it does.
     form : Projected
 
     Returns
@@ -152,50 +156,44 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payloa
     dict of str to Tensor or None
         As :meth:`argus.backends.base.Backend.encode` gives it.
     """
-    inner = form.inner
-    coded = isinstance(source, Affine)
-    page, dim = shape_of(payload, source) if isinstance(source, Affine) else payload["codes"].shape[-2:]
+    if not isinstance(source, Plain):
+        return None
+    inner, x = form.inner, payload["codes"].contiguous()
+    *head, page, dim = x.shape
     rows = page // form.ratio
-    affine = isinstance(inner, Affine) and not inner.centred
-    if not (affine or isinstance(inner, Plain)) or page * dim > 64 * 256:
+    if not _whole(page, dim, rows) or not 16 <= page <= 128 or rows > 64 or layout.in_fragments(rows, dim):
         return None
-    if not _whole(page, dim, rows) or rows < 16 or page < 16 or dim < 16 or layout.in_fragments(rows, dim):
-        return None
-    if coded and not layout.in_fragments(page, dim):
-        return None
-    codes = payload["codes"].contiguous()
-    head = codes.shape[:3]
-    if isinstance(source, Affine):
-        group = source.group or (page if source.axis == "channel" else dim)
-        scale, zero = payload["scale"].contiguous(), payload.get("zero", payload["scale"]).contiguous()
-        reading = (True, source.bits, source.axis == "token", group, source.symmetric)
-        x = codes.view(torch.int32)
-    else:
-        reading, scale, zero, x = (False, 8, False, 1, True), codes, codes, codes
-    mean = torch.empty(*head, dim, dtype=torch.float16, device=codes.device)
     kept: dict[str, Tensor] = {}
-    if isinstance(inner, Affine):
+    width = min(SLICE, dim)
+    if isinstance(inner, Affine) and not inner.centred:
         length, shape = _grid(inner, torch.empty(*head, rows, dim, device="meta"))
-        if not _whole(length):
+        narrowest = next(bits for bits in (1, 2, 4, 8) if inner.bits & bits)
+        width = min(width, dim * narrowest // 8)
+        if not _whole(length) or (inner.axis == "token" and length != dim):
             return None
         kind = torch.int8 if inner.symmetric else torch.uint8
-        kept["codes"] = torch.empty(*head, rows, dim * inner.bits // 8, dtype=kind, device=codes.device)
-        kept["scale"] = torch.empty(shape, dtype=torch.float16, device=codes.device)
+        kept["codes"] = torch.empty(*head, rows, dim * inner.bits // 8, dtype=kind, device=x.device)
+        kept["scale"] = torch.empty(shape, dtype=torch.float16, device=x.device)
         if not inner.symmetric:
             kept["zero"] = torch.empty_like(kept["scale"])
         writing = (2 if inner.symmetric else 1, inner.bits, inner.axis == "token", length)
-    else:
+    elif isinstance(inner, Plain):
         dtype = torch.float32 if inner.dtype is None else inner.dtype
         if dtype not in ELEMENTS:
             return None
-        kept["codes"] = torch.empty(*head, rows, dim, dtype=dtype, device=codes.device)
+        kept["codes"] = torch.empty(*head, rows, dim, dtype=dtype, device=x.device)
         writing = (0, 8, False, 1)
+    else:
+        return None
+    if width < 16:
+        return None
+    mean = torch.empty(*head, dim, dtype=torch.float16, device=x.device)
     if mean.numel():
         matrix = (form.matrix(page, mean) / page).contiguous()
-        out = kept["codes"].view(torch.uint8) if affine else kept["codes"]
+        out = kept["codes"] if isinstance(inner, Plain) else kept["codes"].view(torch.uint8)
         _archive_kernel[(mean.numel() // dim,)](
-            x, scale, zero, matrix, mean, out, kept.get("scale", mean), kept.get("zero", mean),
-            page, dim, rows, *reading, *writing, PRECISION, num_warps=max(WARPS, tuning.codec_warps(page * dim)),
+            x, matrix, mean, out, kept.get("scale", mean), kept.get("zero", mean), page, dim, rows, max(16, rows), width,
+            *writing, num_warps=tuning.codec_warps(page * width),
         )  # fmt: skip
     return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
 

@@ -45,10 +45,8 @@ class TritonBackend(CpuBackend):
     def quantize(self, x: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec, convert
 
-        made = convert.convert({"codes": x}, Plain(), form)
-        if made is not None:
-            return made
-        return super().quantize(x.float(), form) if form.centred else codec.quantize(x, form)
+        made = convert.convert({"codes": x}, Plain(), form) or codec.quantize(x, form)
+        return super().quantize(x.float(), form) if made is None else made
 
     def affine(self, codes: Tensor, scale: Tensor, zero: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec

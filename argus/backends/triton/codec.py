@@ -12,6 +12,8 @@ from argus.backends.triton import layout, tuning
 
 INTERPRETED = triton.knobs.runtime.interpret
 FP8_MAX = tl.constexpr(448.0)
+RANGE, SYMMETRIC, CENTRED, FLOATING = (tl.constexpr(i) for i in range(4))
+"""How numbers are quantized: from the least to the greatest, about zero, to both sides of the mean, or to E4M3."""
 DIVIDES = tl.constexpr(INTERPRETED)
 """Whether quotients are divisions: the interpreter rounds a fused multiplication and addition twice."""
 
@@ -160,9 +162,15 @@ def _unpack(base, TOKENS: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, D: 
 
 
 @triton.jit
+def _mean(parts, AXIS: tl.constexpr, G: tl.constexpr):
+    SHARE: tl.constexpr = 1.0 / G
+    return (tl.sum(parts.to(tl.float64), AXIS) * SHARE).to(tl.float32)
+
+
+@triton.jit
 def _page_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr,
-    TOKENS: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Quantize one page of one head and store it in fragment order."""
     page = tl.program_id(0).to(tl.int64)
@@ -180,13 +188,20 @@ def _page_kernel(
         parts = tl.reshape(x, (A, G, D))
     TOP: tl.constexpr = (1 << BITS) - 1
     to = page * A * B + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
-    if SYMMETRIC:
+    if KIND == SYMMETRIC:
         HALF: tl.constexpr = TOP >> 1
         largest = tl.max(tl.abs(parts), AXIS)
         scale = _round_up(_over(largest, largest * 0.0 + HALF))
         step = tl.expand_dims(scale, AXIS).to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
         code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
+    elif KIND == CENTRED:
+        centre = _mean(parts, AXIS, G)
+        rest = parts - tl.expand_dims(centre, AXIS)
+        far = _mean(tl.abs(rest), AXIS, G)
+        scale = (2.0 * far).to(tl.float16)
+        tl.store(zero_ptr + to, (centre - far).to(tl.float16))
+        code = (rest >= 0.0).to(tl.int32)
     else:
         scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
         tl.store(zero_ptr + to, zero)
@@ -278,11 +293,22 @@ def _grid(form: Affine | Float8, x: Tensor) -> tuple[int, tuple[int, ...]]:
     return group, (*head, page // group, dim) if form.axis == "channel" else (*head, page, dim // group)
 
 
-def quantize(x: Tensor, form: Affine) -> Payload:
-    """See :meth:`argus.backends.base.Backend.quantize`; takes any floating dtype."""
+def kind_of(form: Affine | Float8) -> int:
+    """How numbers are quantized to a form, as kernels are told."""
+    if isinstance(form, Float8):
+        kind = FLOATING
+    else:
+        kind = CENTRED if form.centred else SYMMETRIC if form.symmetric else RANGE
+    return int(kind.value)
+
+
+def quantize(x: Tensor, form: Affine) -> Payload | None:
+    """See :meth:`argus.backends.base.Backend.quantize`; takes any floating dtype. None where it has no kernel."""
     *head, page, dim = x.shape
     group, shape = _grid(form, x)
     if not (layout.in_fragments(page, dim) and _whole(page, dim, group)):
+        if form.centred:
+            return None
         codes, scale, zero = _quantize_groups(x, form, 1 if form.symmetric else 0)
         packed = layout.pack(codes.view(torch.uint8), form.bits, form.axis).view(codes.dtype)
         return {"codes": packed, "scale": scale} if form.symmetric else {"codes": packed, "scale": scale, "zero": zero}
@@ -292,10 +318,11 @@ def quantize(x: Tensor, form: Affine) -> Payload:
     payload["scale"] = torch.empty(shape, dtype=torch.float16, device=x.device)
     if not form.symmetric:
         payload["zero"] = torch.empty_like(payload["scale"])
+    warps = tuning.centred_warps(page * dim, form.axis) if form.centred else tuning.codec_warps(page * dim)
     if x.numel():
         _page_kernel[(x.numel() // (page * dim),)](
             x, payload["codes"].view(torch.int32), payload["scale"], payload.get("zero", payload["scale"]),
-            form.axis == "token", form.bits, page, dim, group, form.symmetric, num_warps=tuning.codec_warps(page * dim),
+            form.axis == "token", form.bits, page, dim, group, kind_of(form), num_warps=warps,
         )  # fmt: skip
     return payload
 

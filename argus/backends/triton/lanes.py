@@ -63,6 +63,12 @@ def _load16(at):
 
 
 @triton.jit
+def _half(at):
+    """An FP16 number as float32."""
+    return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _fetch(at):
     """Bring a line of 128 bytes to the L2 cache, for a load that comes later: it takes no registers."""
     return tl.inline_asm_elementwise(

@@ -11,15 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codec import FP8_MAX, _affine, _over, _round_up
+from argus.backends.triton.codec import FLOATING, FP8_MAX, RANGE, _affine, _over, _round_up
 from argus.backends.triton.codes import _load_block, _quarters, _word
-from argus.backends.triton.lanes import _from_e4m3, _halves, _load1, _load2, _load4, _load16
+from argus.backends.triton.lanes import _from_e4m3, _half, _halves, _load1, _load2, _load4, _load16
 from argus.backends.triton.words import (
     _across,
     _byte,
     _inside,
     _joined,
-    _lane_word,
     _put1,
     _put2,
     _put4,
@@ -27,15 +26,13 @@ from argus.backends.triton.words import (
     _rounded,
     _rounded_e4m3,
     _rounded_signed,
-    _sides,
     _signed_values,
+    _spread,
     _values,
 )
 
 FLOAT32, FLOAT16, BFLOAT16, E4M3, CODES = (tl.constexpr(i) for i in range(5))
 """What the source is: numbers or E4M3 codes in natural order, or integer codes in fragment order."""
-RANGE, SYMMETRIC, CENTRED, FLOATING = (tl.constexpr(i) for i in range(4))
-"""How the target is quantized; FLOATING: to E4M3, in natural order and for axis channel only."""
 
 
 @triton.jit
@@ -73,11 +70,6 @@ def _quartet_scales(base, lane, unit, S: tl.constexpr, TOKENS: tl.constexpr, G: 
     else:
         four = _quarters(base + ((unit * (64 // G) + lane // 4 * 8 // G) * D + lane % 4 * (D // 4) + 4 * S) * 2)
     return four
-
-
-@triton.jit
-def _half(at):
-    return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -150,15 +142,6 @@ def _shrunk(s, BY: tl.constexpr):
 
 
 @triton.jit
-def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr):
-    """The words of the four lanes that :func:`_across` left a quartet's groups in."""
-    t = lane % 4
-    if L3 == 0:
-        t += lane & 16
-    return (_lane_word(word, t), _lane_word(word, t + L1), _lane_word(word, t + L2), _lane_word(word, t + L1 + L2))
-
-
-@triton.jit
 def _two(a, b):
     """Two FP16 numbers in a word."""
     return (a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -175,28 +158,12 @@ def _encoded(
     L3: tl.constexpr = 4 if TOKENS else (16 if G == 64 else 0)
     TOP: tl.constexpr = (1 << BITS) - 1
     words = ()
-    if KIND == CENTRED:
-        SHARE: tl.constexpr = 1.0 / G
-        centre = _across(_inside(x, N, 0, TOKENS), first, second, L1, L2, L3, 0) * SHARE
-        c = _as_floats(_spread(centre.to(tl.int32, bitcast=True), lane, L1, L2, L3))
-        rest = ()
-        apart = ()
-        for i in tl.static_range(4 * N):
-            one = x[i] - c[i % 4]
-            rest = rest + (one,)
-            apart = apart + (tl.abs(one),)
-        far = _across(_inside(apart, N, 0, TOKENS), first, second, L1, L2, L3, 0) * SHARE
-        scale = (2.0 * far).to(tl.float16)
-        zero = (centre - far).to(tl.float16)
-        _put16(zero_ptr + at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
-        for m in tl.static_range(N):
-            words = words + (_sides(rest[4 * m], rest[4 * m + 1], rest[4 * m + 2], rest[4 * m + 3]),)
-    elif KIND != RANGE:
+    if KIND != RANGE:
         LIMIT: tl.constexpr = FP8_MAX if KIND == FLOATING else TOP >> 1
         sizes = ()
         for i in tl.static_range(4 * N):
             sizes = sizes + (tl.abs(x[i]),)
-        largest = _across(_inside(sizes, N, 1, TOKENS), first, second, L1, L2, L3, 1)
+        largest = _across(_inside(sizes, N, 1), first, second, L1, L2, L3, 1)
         scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
@@ -209,8 +176,8 @@ def _encoded(
             else:
                 words = words + (_rounded_signed(x[4 * m], x[4 * m + 1], x[4 * m + 2], x[4 * m + 3], s, y),)
     else:
-        high = _across(_inside(x, N, 1, TOKENS), first, second, L1, L2, L3, 1)
-        low = _across(_inside(x, N, 2, TOKENS), first, second, L1, L2, L3, 2)
+        high = _across(_inside(x, N, 1), first, second, L1, L2, L3, 1)
+        low = _across(_inside(x, N, 2), first, second, L1, L2, L3, 2)
         scale, zero = _affine(low, high, TOP)
         _put16(zero_ptr + at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
         step = scale.to(tl.float32)

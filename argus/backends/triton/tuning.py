@@ -23,13 +23,18 @@ PROJECTED, SIXTEEN, EIGHT, DENSE, FEW = 0.9, 1.1, 0.9, 1.2, 1.5
 of codes of any width, in that of 64 tokens of 2-bit codes. They only divide work."""
 
 
-CODEC_REGISTERS = 168
-"""Registers that a lane of the codec's one-warp kernels may take."""
+CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
+"""Registers that a lane of the codec's one-warp kernels may take, and of the one that makes codes of codes."""
 
 
-def codec_warps(numbers: int) -> int:
-    """Warps of a program that holds so many numbers in registers."""
-    return max(1, min(16, numbers // 2048))
+def codec_warps(numbers: int, warp: int = 2048) -> int:
+    """Warps of a program that holds so many numbers in registers, `warp` of them each."""
+    return max(1, min(16, numbers // warp))
+
+
+def centred_warps(numbers: int, axis: str) -> int:
+    """The same where it sums in float64: along tokens a lane does it alone, along channels lanes exchange what they have."""
+    return codec_warps(numbers, 4096 if axis == "channel" else 1024)
 
 
 def tile(dim: int, rows: int) -> int:
@@ -81,7 +86,7 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
     shares = {share for share, _ in jobs}
     codes = [constants for share, constants in jobs if share == "codes"]
     if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
-        return 96 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128
+        return 112 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128
     return 168
 
 

@@ -103,16 +103,6 @@ def _rounded_e4m3(x0, x1, x2, x3, step, inverse):
 
 
 @triton.jit
-def _sides(x0, x1, x2, x3):
-    """A word of bytes that are 0 where x is below 0, and else all ones: ``prmt`` repeats a byte's sign where bit 3 is set."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c, d, p, q; mov.b32 a, $1; mov.b32 b, $2; mov.b32 c, $3; mov.b32 d, $4;
-        prmt.b32 p, a, b, 0x00FB; prmt.b32 q, c, d, 0x00FB; prmt.b32 p, p, q, 0x5410; not.b32 $0, p; }""",
-        "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _joined(a, b, c, d):
     """A word of the low bytes of four."""
     return tl.inline_asm_elementwise(
@@ -122,15 +112,34 @@ def _joined(a, b, c, d):
 
 
 @triton.jit
+def _larger16(a, b):
+    """The larger of each two unsigned 16-bit numbers."""
+    return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _smaller16(a, b):
+    return tl.inline_asm_elementwise("min.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _either(a, b, OP: tl.constexpr):
-    """OP 0: the sum, 1: the larger, 2: the smaller."""
+    """OP 0: the sum, 1: the larger, 2: the smaller, 3: the larger of two halves each."""
     if OP == 0:
         x = a + b
     elif OP == 1:
         x = tl.maximum(a, b)
-    else:
+    elif OP == 2:
         x = tl.minimum(a, b)
+    else:
+        x = _larger16(a, b)
     return x
+
+
+@triton.jit
+def _traded(x, LANES: tl.constexpr):
+    """:func:`_xor` of words or numbers."""
+    return _xor(x.to(tl.float32, bitcast=True), LANES).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -139,33 +148,50 @@ def _across(x, first, second, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constex
 
     A lane keeps one of them, ``first + 2 * second``: what tells it are its bits L1 and L2.
     """
-    a = _either(tl.where(first, x[1], x[0]), _xor(tl.where(first, x[0], x[1]), L1), OP)
-    b = _either(tl.where(first, x[3], x[2]), _xor(tl.where(first, x[2], x[3]), L1), OP)
-    c = _either(tl.where(second, b, a), _xor(tl.where(second, a, b), L2), OP)
+    a = _either(tl.where(first, x[1], x[0]), _traded(tl.where(first, x[0], x[1]), L1), OP)
+    b = _either(tl.where(first, x[3], x[2]), _traded(tl.where(first, x[2], x[3]), L1), OP)
+    c = _either(tl.where(second, b, a), _traded(tl.where(second, a, b), L2), OP)
     if L3 > 0:
-        c = _either(c, _xor(c, L3), OP)
+        c = _either(c, _traded(c, L3), OP)
     return c
 
 
 @triton.jit
-def _inside(x, N: tl.constexpr, OP: tl.constexpr, FAR: tl.constexpr):
-    """Join N quartets, a flat tuple, in the order of :func:`argus.backends.base.folded`: FAR, halves; else neighbours."""
+def _inside(x, N: tl.constexpr, OP: tl.constexpr):
+    """Join N quartets, a flat tuple."""
     for level in tl.static_range(6):
         if (N >> level) > 1:
             y = ()
             for j in tl.static_range(N >> (level + 1)):
                 for c in tl.static_range(4):
-                    if FAR:
-                        y = y + (_either(x[4 * j + c], x[4 * (j + (N >> (level + 1))) + c], OP),)
-                    else:
-                        y = y + (_either(x[8 * j + c], x[8 * j + 4 + c], OP),)
+                    y = y + (_either(x[8 * j + c], x[8 * j + 4 + c], OP),)
             x = y
     return x
 
 
 @triton.jit
+def _transposed4(a, b, c, d):
+    """Four words whose bytes are the first, second, third and fourth bytes of these."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 p, q, r, s; prmt.b32 p, $4, $5, 0x5140; prmt.b32 q, $6, $7, 0x5140; prmt.b32 r, $4, $5, 0x7362;
+        prmt.b32 s, $6, $7, 0x7362; prmt.b32 $0, p, q, 0x5410; prmt.b32 $1, p, q, 0x7632; prmt.b32 $2, r, s, 0x5410;
+        prmt.b32 $3, r, s, 0x7632; }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _lane_word(x, lane):
     return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [x, lane], tl.int32, True, 1)
+
+
+@triton.jit
+def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr):
+    """The words of the four lanes that :func:`_across` left a quartet's groups in."""
+    t = lane % 4
+    if L3 == 0:
+        t += lane & 16
+    return (_lane_word(word, t), _lane_word(word, t + L1), _lane_word(word, t + L2), _lane_word(word, t + L1 + L2))
 
 
 @triton.jit
