@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import Annotated, Any
 
@@ -79,27 +80,49 @@ class Rotation(Tier):
 
     def rotation(self, dim: int, like: Tensor) -> Tensor:
         """``R [D, D]`` float32 with ``x = y R``, ``H`` with random signs, on the device of `like`, made once."""
-        key = f"rotation.{dim}.{like.device}"
-        if key not in self.constants:
-            generator = torch.Generator().manual_seed(self.config.seed)
-            signs = 2.0 * torch.randint(0, 2, (dim,), generator=generator) - 1.0
-            self.constants[key] = (hadamard(torch.eye(dim)) * signs).to(like.device)
-        return self.constants[key]
+        return self._constant(f"rotation.{dim}", like, lambda: hadamard(torch.eye(dim)) * self.signs(dim))
+
+    def signs(self, dim: int) -> Tensor:
+        """``[D]`` float32, ones and minus ones."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return 2.0 * torch.randint(0, 2, (dim,), generator=generator) - 1.0
 
     def levels(self, like: Tensor) -> Tensor:
         """The codebook ``[2 ** bits]`` float32 on the device of `like`, made once."""
-        key = f"levels.{like.device}"
+        return self._constant("levels", like, lambda: torch.tensor(codebook(self.config.bits)))
+
+    def bounds(self, like: Tensor) -> Tensor:
+        """``[2 ** bits - 1]`` float32, midway between levels."""
+        levels = torch.tensor(codebook(self.config.bits))
+        return self._constant("bounds", like, lambda: (levels[1:] + levels[:-1]) / 2)
+
+    def _constant(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        key = f"{name}.{like.device}"
         if key not in self.constants:
-            self.constants[key] = torch.tensor(codebook(self.config.bits), device=like.device)
+            self.constants[key] = make().to(like.device)
         return self.constants[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
+        if self.tools.backend.name == "triton":
+            made = self._encode_by_kernel(x)
+            if made is not None:
+                return made
         scale = x.square().mean(-1).sqrt().to(torch.float16)
         step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
-        levels = self.levels(x)
         turned = x @ self.rotation(x.shape[-1], x).T
-        codes = torch.bucketize(turned / step, (levels[1:] + levels[:-1]) / 2)
+        codes = torch.bucketize(turned / step, self.bounds(x))
         return {"codes": pack(codes.to(torch.uint8), self.config.bits), "scale": scale}
+
+    def _encode_by_kernel(self, x: Tensor) -> Payload | None:
+        from argus_rotation.encoding import encode, width
+
+        dim, bits = x.shape[-1], self.config.bits
+        size = width(dim, bits)
+        if size is None:
+            return None
+        turn = self._constant(f"turn.{dim}", x, lambda: (hadamard(torch.eye(dim)) * sqrt(dim)).round().half())
+        signs = self._constant(f"signs.{dim}", x, lambda: self.signs(dim))
+        return encode(x, turn, signs, self.bounds(x), bits, size)
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         codes = unpack(payload["codes"], self.config.bits)

@@ -62,6 +62,21 @@ def test_attention_is_that_over_decoded_pages(
     assert float((found - want).norm() / want.norm()) <= 2e-3
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("tokens", "dim"), [(64, 128), (24, 256), (8, 64)])
+def test_pages_are_coded_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, bits: int, tokens: int, dim: int) -> None:
+    x = normal(3, 1, 2, tokens, dim, seed=bits) * normal(dim, seed=1) + normal(3, 1, 2, tokens, 1, seed=2)
+    x[0, ..., 1, :] = 0.0
+    want = Rotation(RotationConfig(bits=bits), Tools(CpuBackend(), torch.float16, tier=None)).encode(x.cpu(), "keys")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(7))
+    got = {name: tensor.cpu() for name, tensor in rotation(bits).encode(x, "keys").items()}
+    assert all(got[name].shape == want[name].shape and got[name].dtype == want[name].dtype for name in want)
+    assert int((got["scale"].view(torch.int16) - want["scale"].view(torch.int16)).abs().max()) <= 1
+    # Sums in another order move a few numbers over a bound.
+    assert float((got["codes"] == want["codes"]).float().mean()) >= 0.999
+
+
 def test_the_function_that_the_documentation_shows_is_this_one() -> None:
     here = Path(__file__).parents[1]
     source = (here / "argus_rotation" / "kernel.py").read_text(encoding="utf-8")

@@ -1,0 +1,148 @@
+"""A whole model's decode steps through the Hugging Face adapter, beside the same model with the FP16 cache of transformers.
+
+A Llama of a few layers of Llama-3-8B's shape with random weights; its cache is filled with random keys and values, then it
+decodes one token at a time, launched from Python as ``model.generate`` does. Run from the repository root:
+``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from argus.adapters.huggingface import ArgusCache
+from benchmarks import common
+
+WORDS = 1024
+"""Tokens of the vocabulary: few, so that its products take no time that layers do not."""
+BOUND = 1e-2
+"""Relative difference of FP16 logits from those with ``backend=cpu`` on the same device, beyond which no time is told."""
+
+
+def model_of(layers: int, device: str) -> LlamaForCausalLM:
+    """A model with random weights."""
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, rope_theta=500000.0,
+        num_attention_heads=common.QUERY_HEADS, num_key_value_heads=common.KV_HEADS, max_position_embeddings=1 << 18,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tokens(batch: int, context: int, layers: int, device: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Random keys and values of each layer, the same at every call."""
+    generator = torch.Generator(device).manual_seed(0)
+    for layer in range(layers):
+        shape = (batch, common.KV_HEADS, context, common.HEAD_DIM)
+        pair = [torch.randn(shape, generator=generator, device=device, dtype=torch.float16) for _ in range(2)]
+        yield layer, pair[0], pair[1]
+
+
+def compressed(model: Any, ladder: str, batch: int, context: int, backend: str) -> ArgusCache:
+    """A filled cache of a ladder, with the anchors and outliers that its config names."""
+    cache = ArgusCache(model, [f"tiers={ladder}", f"backend={backend}"])
+    for layer, keys, values in tokens(batch, context, len(cache.layers), str(model.device)):
+        cache.layers[layer].engine.write(keys, values)
+        cache.layers[layer].is_initialized = True
+        cache.layers[layer].engine.age()
+    return cache
+
+
+def plain(batch: int, context: int, layers: int, device: str) -> DynamicCache:
+    """The same tokens as transformers keeps them."""
+    cache = DynamicCache()
+    for layer, keys, values in tokens(batch, context, layers, device):
+        cache.update(keys, values, layer)
+    return cache
+
+
+@torch.no_grad()
+def step(model: Any, cache: Cache, ids: Tensor, length: int) -> Tensor:
+    """Logits ``[B, 1, V]`` of one more token at position `length`."""
+    where = torch.full_like(ids, length)
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, position_ids=where, use_cache=True).logits
+    return logits
+
+
+def milliseconds(call: Callable[[int], object], device: str, steps: int) -> float:
+    """Median time of a step, the GPU waited for after each."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for number in range(steps):
+        wait()
+        start = time.perf_counter()
+        call(number)
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[steps // 4 :])
+
+
+def fp16_row(model: Any, batch: int, context: int, steps: int) -> float:
+    """Milliseconds a step with the cache of transformers."""
+    device = str(model.device.type)
+    cache = plain(batch, context, model.config.num_hidden_layers, device)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=device)
+    return milliseconds(lambda number: step(model, cache, ids, context + number), device, steps)
+
+
+def row(model: Any, ladder: str, batch: int, context: int, steps: int, fp16: float, backend: str) -> dict[str, Any]:
+    """One row; raises if logits are wrong."""
+    device = str(model.device.type)
+    ids = torch.arange(batch, device=device).unsqueeze(1) % WORDS
+    want = step(model, compressed(model, ladder, batch, context, "cpu"), ids, context)
+    cache = compressed(model, ladder, batch, context, backend)
+    wrong = common.error(step(model, cache, ids, context), want.double())
+    if not wrong <= BOUND:
+        raise SystemExit(f"{ladder} {batch} x {context}: logits differ by {wrong:.2e} > {BOUND:g}; no time is told")
+    ledger = cache.ledger()
+    taken = milliseconds(lambda number: step(model, cache, ids, context + 1 + number), device, steps)
+    return {
+        "ladder": ladder, "batch": batch, "context": context, "error": wrong, "ms": round(taken, 3),
+        "fp16_ms": round(fp16, 3), "times_fp16": round(fp16 / taken, 3), "bytes": ledger.bytes,
+        "times_fewer_bytes": round(2 * ledger.values / ledger.bytes, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["1x8192", "1x32768", "1x131072", "8x8192", "8x32768"])
+    parser.add_argument("--ladders", nargs="+", default=["exact", "int8", "int4", "int2", "quality", "default"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = model_of(options.layers, options.device)
+    rows = []
+    for batch, context in (tuple(int(size) for size in shape.split("x")) for shape in options.shapes):
+        fp16 = fp16_row(model, batch, context, options.steps)
+        print(f"{batch} x {context}: FP16 {fp16:.2f} ms a step, {options.layers} layers")
+        for ladder in options.ladders:
+            gc.collect()
+            rows.append(row(model, ladder, batch, context, options.steps, fp16, options.backend))
+            one = rows[-1]
+            print(
+                f"  {ladder:8s} {one['ms']:8.2f} ms  {one['times_fp16']:5.2f} x  {one['times_fewer_bytes']:5.2f} x fewer bytes",
+                flush=True,
+            )
+    common.keep("decode_model", options.out, {"layers": options.layers, "steps": options.steps}, rows)
+
+
+if __name__ == "__main__":
+    main()
