@@ -38,6 +38,9 @@ class TritonBackend(CpuBackend):
     name = "triton"
 
     def __init__(self) -> None:
+        from argus.backends.triton.dispatch import Dispatch
+
+        self.dispatch = Dispatch()
         self.tables = Tables()
         self.sights = Sights()
         self._compiled: set[tuple[object, ...]] = set()
@@ -116,13 +119,13 @@ class TritonBackend(CpuBackend):
         self._tell(query.rows.shape[-1], jobs)
         work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
         self.workspace = max(self.workspace, 4 * (work.out.numel() + work.lse.numel()))
-        slot = launch.answer_all(query, jobs, work)
+        slot = launch.answer_all(query, jobs, work, self.dispatch)
         for place in pages.others:
             out, lse = answer_bounded(query, [PagePart([segments[place]])])
             work.out[:, slot] = out.flatten(0, 1)
             work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
             slot += 1
-        return launch.merge(query, work, sinks)
+        return launch.merge(query, work, sinks, self.dispatch)
 
     def _tell(self, dim: int, jobs: Sequence[Job]) -> None:
         """Log that kernels are about to be compiled, which is when they are first asked for parts of these kinds."""

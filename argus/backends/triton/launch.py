@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Float8, Plain
 from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
+from argus.backends.triton.dispatch import Dispatch, constants
 from argus.backends.triton.fused import _decode_kernel, _merge_kernel
 from argus.backends.triton.tables import FIELDS, Run
 
@@ -143,8 +143,8 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     if isinstance(part, Dense):
         tokens, coded = part.keys.shape[2], part.scales is not None
         if coded or (part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim)):
-            constants = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded)
-            return Job(part, "dense", triton.cdiv(tokens, 16), constants, tuning.DENSE)
+            facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded)
+            return Job(part, "dense", triton.cdiv(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
@@ -154,15 +154,15 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     key, value, page = part.key_form, part.value_form, part.page
     if in_codes(query, part):
         early = tuning.prefetch(key.bits, value.bits, dim)
-        constants = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
-        return Job(part, "codes", part.pages * (page // layout.BLOCK), constants, tuning.codes(key.bits, value.bits))
+        facts = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
+        return Job(part, "codes", part.pages * (page // layout.BLOCK), facts, tuning.codes(key.bits, value.bits))
     tiles = tuning.half_tiles(dim, part.pages)
     if in_pages(part, dim, 16 * tiles):
         coded = isinstance(key, Float8)
         scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
-        constants = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
+        facts = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
         cost = tiles * (tuning.EIGHT if coded else tuning.SIXTEEN)
-        return Job(part, "pages", part.pages * (page // (16 * tiles)), constants, cost)
+        return Job(part, "pages", part.pages * (page // (16 * tiles)), facts, cost)
     return Job(part, "any", part.pages)
 
 
@@ -206,17 +206,17 @@ def odd(number: int) -> int:
     return 2 * number + 3
 
 
-def answer_all(query: Query, jobs: Sequence[Job], work: Workspace) -> int:
+def answer_all(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: Dispatch) -> int:
     """Answer for all parts into slots from the first on, and tell the next free slot."""
     slot = 0
     for job in jobs:
         if job.share == "any":
             (_answer_dense if isinstance(job.part, Dense) else _answer_pages)(query, job, work, slot)
             slot += job.splits
-    return _answer_fused(query, [job for job in jobs if job.share != "any"], work, slot)
+    return _answer_fused(query, [job for job in jobs if job.share != "any"], work, slot, dispatch)
 
 
-def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int) -> int:
+def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int, dispatch: Dispatch) -> int:
     if not jobs:
         return slot
     batch, heads, rows, dim = query.rows.shape
@@ -224,15 +224,24 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int)
     counts, arguments, answers = [], [], 0
     for job in jobs:
         counts.append((odd(job.first), odd(job.splits), odd(job.units), odd(answers)))
-        arguments.append((_source(job.part), SHARES[job.share], tuple(tl.constexpr(fact) for fact in job.constants)))
+        arguments.append((_source(job.part), SHARES[job.share], constants(job.constants)))
         answers += job.splits
     programs = max(job.first + job.splits for job in jobs)
     registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
-    _decode_kernel[(programs, batch * heads, triton.cdiv(rows, ROWS))](
-        query.rows.contiguous(), work.out, work.lse, mask.tensor,
-        slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
-        tuple(counts), tuple(arguments), dim, query.mask is not None, query.softcap is not None, FIELDS,
-        query.rows.is_cuda, num_warps=1, maxnreg=registers,
+    dispatch.launch(
+        _decode_kernel,
+        (programs, batch * heads, triton.cdiv(rows, ROWS)),
+        (
+            query.rows.contiguous(), work.out, work.lse, mask.tensor,
+            slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
+            tuple(counts), tuple(arguments),
+        ),
+        {
+            "D": dim, "MASKED": query.mask is not None, "CAPPED": query.softcap is not None, "FIELDS": FIELDS,
+            "EARLY": query.rows.is_cuda,
+        },
+        num_warps=1,
+        maxnreg=registers,
     )  # fmt: skip
     return slot + answers
 
@@ -253,15 +262,15 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
     run, splits = job.part, job.splits
     mask = Mask.of(query, run.last)
     tile = tuning.tile(dim, rows)
-    constants: dict[str, Any] = {"k_own": forms.own(run.key_form, query.rows), "v_own": forms.own(run.value_form, query.rows)}
+    facts: dict[str, Any] = {"k_own": forms.own(run.key_form, query.rows), "v_own": forms.own(run.value_form, query.rows)}
     for role, form, payload in (("K", run.key_form, run.keys), ("V", run.value_form, run.values)):
-        constants |= {role + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
+        facts |= {role + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
     _pages_kernel[(splits, batch * heads)](
         forms.turned(run.key_form, query.rows).contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
         run.pages, triton.cdiv(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
         run.page, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(rows)), tile,
-        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **constants,
+        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **facts,
         **tuning.options(dim, rows),
     )  # fmt: skip
     forms.turn_back(run.value_form, work.out[:, slot : slot + splits])
@@ -286,16 +295,19 @@ def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
     )  # fmt: skip
 
 
-def merge(query: Query, work: Workspace, sinks: Tensor | None) -> Tensor:
+def merge(query: Query, work: Workspace, sinks: Tensor | None, dispatch: Dispatch) -> Tensor:
     """The answer ``[B, H, R, D]`` float32 of all splits and the sinks."""
     batch, heads, rows, dim = query.rows.shape
     out = torch.empty_like(query.rows, memory_format=torch.contiguous_format)
     slots, chunk = work.out.shape[1], min(16, triton.next_power_of_2(dim))
     at_once = min(512, max(2, triton.next_power_of_2(slots)))
     early = query.rows.is_cuda
-    _merge_kernel[(batch * heads, rows, triton.cdiv(dim, chunk))](
-        work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length,
-        dim, chunk, at_once, sinks is not None, early, num_warps=max(1, min(8, at_once * chunk // 1024)),
+    dispatch.launch(
+        _merge_kernel,
+        (batch * heads, rows, triton.cdiv(dim, chunk)),
+        (work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length),
+        {"D": dim, "CB": chunk, "NB": at_once, "SINKS": sinks is not None, "EARLY": early},
+        num_warps=max(1, min(8, at_once * chunk // 1024)),
         **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    )
     return out

@@ -48,7 +48,7 @@ def _encode_kernel(
     tl.store(scale_ptr + token, scale, mask=held)
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
-    y = x * tl.load(signs_ptr + channel)[None, :] / step[:, None]
+    y = x * tl.load(signs_ptr + channel)[None, :] * (1.0 / step)[:, None]
     # Ones are exact in FP16, and so are numbers of 22 bits in two halves: two products are nearly float32's.
     high = y.to(tl.float16)
     low = (y - high.to(tl.float32)).to(tl.float16)

@@ -1,0 +1,74 @@
+"""Launching kernels again that were compiled before.
+
+Triton looks at every argument of every launch to find the kernel compiled for it, which takes longer on the CPU than a decode
+step's kernels take on the GPU. What it looks at is told here in one short tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import triton.language as tl
+from torch import Tensor
+
+ALIGNED = 16
+"""Bytes; Triton compiles for pointers that are multiples of it, and for others."""
+
+
+@lru_cache(maxsize=1024)
+def constants(facts: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
+    """Facts for which a kernel is compiled, inside of a tuple of arguments."""
+    return tuple(tl.constexpr(fact) for fact in facts)
+
+
+def kind_of(arguments: Sequence[Any], told: list[Any]) -> list[Any]:
+    """Add to `told` all that Triton compiles anew for: dtypes, alignment, width of integers and constants."""
+    for one in arguments:
+        if isinstance(one, Tensor):
+            told += (one.dtype, one.data_ptr() % ALIGNED == 0)
+        elif isinstance(one, tuple):
+            told.append(len(one))
+            kind_of(one, told)
+        elif isinstance(one, tl.constexpr):
+            told.append(one.value)
+        else:
+            told.append(one.bit_length() > 31 if type(one) is int else type(one))
+    return told
+
+
+class Dispatch:
+    """Compiled kernels, by what they were compiled for.
+
+    Integers among the arguments of its kernels are not specialized: ``do_not_specialize`` says so, or :func:`odd` hides it.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], facts: dict[str, Any], **options: Any
+    ) -> None:
+        """Launch a kernel, compiled if it is the first of its kind.
+
+        Parameters
+        ----------
+        kernel : JITFunction
+        grid : tuple of int
+        arguments : tuple
+            Those that are known when it runs, in order; the first is a tensor on the device that runs it.
+        facts : dict
+            Its constants, the last of its parameters, in order.
+        options
+            Warps, registers and the like.
+        """
+        key = (kernel, arguments[0].device, *facts.values(), *options.items(), *kind_of(arguments, []))
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *facts.values())
+            return
+        compiled = kernel[grid](*arguments, **facts, **options)
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            self._compiled[key] = compiled
