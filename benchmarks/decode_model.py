@@ -12,20 +12,22 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from argus.adapters.huggingface import ArgusCache
+from argus.attention import Query
 from benchmarks import common
 
 WORDS = 1024
 """Tokens of the vocabulary: few, so that its products take no time that layers do not."""
-BOUND = 1e-2
-"""Relative difference of FP16 logits from those with ``backend=cpu`` on the same device, beyond which no time is told."""
 
 
 def model_of(layers: int, device: str) -> LlamaForCausalLM:
@@ -71,11 +73,9 @@ def plain(batch: int, context: int, layers: int, device: str) -> DynamicCache:
 
 
 @torch.no_grad()
-def step(model: Any, cache: Cache, ids: Tensor, length: int) -> Tensor:
-    """Logits ``[B, 1, V]`` of one more token at position `length`."""
-    where = torch.full_like(ids, length)
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, position_ids=where, use_cache=True).logits
-    return logits
+def next_step(model: Any, cache: Cache, ids: Tensor, context: int, number: int) -> None:
+    """One more token after `context` and `number` of them."""
+    model(input_ids=ids, past_key_values=cache, position_ids=torch.full_like(ids, context + number), use_cache=True)
 
 
 def milliseconds(call: Callable[[int], object], device: str, steps: int) -> float:
@@ -91,25 +91,38 @@ def milliseconds(call: Callable[[int], object], device: str, steps: int) -> floa
     return statistics.median(times[steps // 4 :])
 
 
-def fp16_row(model: Any, batch: int, context: int, steps: int) -> float:
-    """Milliseconds a step with the cache of transformers."""
+def fp16_times(model: Any, batch: int, context: int, steps: int) -> dict[str, float]:
+    """Milliseconds a step with the cache of transformers, with the attention kernel that PyTorch chooses and with Flash."""
     device = str(model.device.type)
-    cache = plain(batch, context, model.config.num_hidden_layers, device)
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
-    return milliseconds(lambda number: step(model, cache, ids, context + number), device, steps)
+    times = {}
+    for name, kernel in (("chosen", nullcontext()), ("flash", sdpa_kernel(SDPBackend.FLASH_ATTENTION))):
+        cache = plain(batch, context, model.config.num_hidden_layers, device)
+        with kernel:
+            times[name] = milliseconds(partial(next_step, model, cache, ids, context), device, steps)
+    return times
+
+
+def difference(one: ArgusCache, other: ArgusCache, batch: int, heads: int) -> float:
+    """The largest relative difference between what two caches answer to the same queries, over layers."""
+    largest = 0.0
+    for first, second in zip(one.layers, other.layers, strict=True):
+        q = torch.randn(batch, heads, 1, common.HEAD_DIM, device=first.engine.window.parts()[0][0].device)
+        query = Query.of(q, common.KV_HEADS, common.HEAD_DIM**-0.5, first.engine.length - 1)
+        largest = max(largest, common.error(first.engine.attend(query), second.engine.attend(query).double()))
+    return largest
 
 
 def row(model: Any, ladder: str, batch: int, context: int, steps: int, fp16: float, backend: str) -> dict[str, Any]:
-    """One row; raises if logits are wrong."""
+    """One row; raises if attention differs from that with ``backend=cpu`` on the same device."""
     device = str(model.device.type)
-    ids = torch.arange(batch, device=device).unsqueeze(1) % WORDS
-    want = step(model, compressed(model, ladder, batch, context, "cpu"), ids, context)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=device)
     cache = compressed(model, ladder, batch, context, backend)
-    wrong = common.error(step(model, cache, ids, context), want.double())
-    if not wrong <= BOUND:
-        raise SystemExit(f"{ladder} {batch} x {context}: logits differ by {wrong:.2e} > {BOUND:g}; no time is told")
+    wrong = difference(cache, compressed(model, ladder, batch, context, "cpu"), batch, common.QUERY_HEADS)
+    if not wrong <= common.BOUND:
+        raise SystemExit(f"{ladder} {batch} x {context}: relative error {wrong:.2e} > {common.BOUND:g}; no time is told")
     ledger = cache.ledger()
-    taken = milliseconds(lambda number: step(model, cache, ids, context + 1 + number), device, steps)
+    taken = milliseconds(partial(next_step, model, cache, ids, context), device, steps)
     return {
         "ladder": ladder, "batch": batch, "context": context, "error": wrong, "ms": round(taken, 3),
         "fp16_ms": round(fp16, 3), "times_fp16": round(fp16 / taken, 3), "bytes": ledger.bytes,
@@ -131,8 +144,10 @@ def main() -> None:
     model = model_of(options.layers, options.device)
     rows = []
     for batch, context in (tuple(int(size) for size in shape.split("x")) for shape in options.shapes):
-        fp16 = fp16_row(model, batch, context, options.steps)
-        print(f"{batch} x {context}: FP16 {fp16:.2f} ms a step, {options.layers} layers")
+        every = fp16_times(model, batch, context, options.steps)
+        fp16 = min(every.values())
+        told = ", ".join(f"{name} {time:.2f} ms" for name, time in every.items())
+        print(f"{batch} x {context}: FP16 a step of {options.layers} layers: {told}")
         for ladder in options.ladders:
             gc.collect()
             rows.append(row(model, ladder, batch, context, options.steps, fp16, options.backend))

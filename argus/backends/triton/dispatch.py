@@ -26,15 +26,19 @@ def constants(facts: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
 def kind_of(arguments: Sequence[Any], told: list[Any]) -> list[Any]:
     """Add to `told` all that Triton compiles anew for: dtypes, alignment, width of integers and constants."""
     for one in arguments:
-        if isinstance(one, Tensor):
-            told += (one.dtype, one.data_ptr() % ALIGNED == 0)
-        elif isinstance(one, tuple):
+        kind = type(one)
+        if kind is int:
+            told.append(one.bit_length() > 31)
+        elif kind is tuple:
             told.append(len(one))
             kind_of(one, told)
-        elif isinstance(one, tl.constexpr):
+        elif kind is tl.constexpr:
             told.append(one.value)
+        elif isinstance(one, Tensor):
+            told.append(one.dtype)
+            told.append(one.data_ptr() % ALIGNED == 0)
         else:
-            told.append(one.bit_length() > 31 if type(one) is int else type(one))
+            told.append(kind)
     return told
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from argus.attention import Query
@@ -108,7 +107,7 @@ def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
     jobs = [job_of(query, one) for part in parts for one in apart(query, part)]
     fused = [job for job in jobs if job.share != "any"]
     resident = tuning.resident([(job.share, job.constants) for job in fused], dim)
-    room = max(1, processors * resident // (batch * heads * triton.cdiv(rows, ROWS)))
+    room = max(1, processors * resident // (batch * heads * tuning.over(rows, ROWS)))
     places = tuning.divide(tuple(job.units for job in fused), tuple(job.cost for job in fused), room)
     out = [replace(job, first=first, splits=splits) for job, (first, splits) in zip(fused, places, strict=True)]
     for job in jobs:
@@ -144,7 +143,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         tokens, coded = part.keys.shape[2], part.scales is not None
         if coded or (part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim)):
             facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded)
-            return Job(part, "dense", triton.cdiv(tokens, 16), facts, tuning.DENSE)
+            return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
@@ -230,7 +229,7 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int,
     registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
     dispatch.launch(
         _decode_kernel,
-        (programs, batch * heads, triton.cdiv(rows, ROWS)),
+        (programs, batch * heads, tuning.over(rows, ROWS)),
         (
             query.rows.contiguous(), work.out, work.lse, mask.tensor,
             slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
@@ -267,9 +266,9 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
         facts |= {role + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
     _pages_kernel[(splits, batch * heads)](
         forms.turned(run.key_form, query.rows).contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
-        run.pages, triton.cdiv(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
+        run.pages, tuning.over(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
-        run.page, dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(rows)), tile,
+        run.page, dim, tuning.power(dim), max(16, tuning.power(rows)), tile,
         MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **facts,
         **tuning.options(dim, rows),
     )  # fmt: skip
@@ -287,9 +286,9 @@ def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
     _dense_kernel[(splits, batch * heads)](
         query.rows.contiguous(), keys, values, positions, work.out, work.lse, mask.tensor,
         tokens, part.start, *keys.stride()[:3], *values.stride()[:3], heads * tokens, tokens,
-        triton.cdiv(triton.cdiv(tokens, splits), tile) * tile, slot, work.out.shape[1], heads, rows, query.length, query.start,
+        tuning.over(tuning.over(tokens, splits), tile) * tile, slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
-        dim, triton.next_power_of_2(dim), max(16, triton.next_power_of_2(rows)), tile,
+        dim, tuning.power(dim), max(16, tuning.power(rows)), tile,
         part.positions is not None, mask.kind, query.softcap is not None, keys.dtype == torch.float32,
         **tuning.options(dim, rows),
     )  # fmt: skip
@@ -299,12 +298,12 @@ def merge(query: Query, work: Workspace, sinks: Tensor | None, dispatch: Dispatc
     """The answer ``[B, H, R, D]`` float32 of all splits and the sinks."""
     batch, heads, rows, dim = query.rows.shape
     out = torch.empty_like(query.rows, memory_format=torch.contiguous_format)
-    slots, chunk = work.out.shape[1], min(16, triton.next_power_of_2(dim))
-    at_once = min(512, max(2, triton.next_power_of_2(slots)))
+    slots, chunk = work.out.shape[1], min(16, tuning.power(dim))
+    at_once = min(512, max(2, tuning.power(slots)))
     early = query.rows.is_cuda
     dispatch.launch(
         _merge_kernel,
-        (batch * heads, rows, triton.cdiv(dim, chunk)),
+        (batch * heads, rows, tuning.over(dim, chunk)),
         (work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length),
         {"D": dim, "CB": chunk, "NB": at_once, "SINKS": sinks is not None, "EARLY": early},
         num_warps=max(1, min(8, at_once * chunk // 1024)),

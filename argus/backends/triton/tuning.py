@@ -37,6 +37,16 @@ def centred_warps(numbers: int, axis: str) -> int:
     return codec_warps(numbers, 4096 if axis == "channel" else 1024)
 
 
+def over(whole: int, part: int) -> int:
+    """How many parts hold `whole`. Triton's own functions take microseconds on the CPU, many times a call."""
+    return -(-whole // part)
+
+
+def power(number: int) -> int:
+    """The least power of two not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def tile(dim: int, rows: int) -> int:
     """Tokens that the kernel for any form takes at once."""
     return 32 if dim > 128 or rows > 32 else 64
