@@ -327,7 +327,7 @@ def test_compiling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         case.check()
         case.check()
     assert [record.message for record in caplog.records if "compiled" in record.message] == [
-        "attention kernels for 2 kinds of parts are compiled, unless Triton has kept them"
+        "kernels for attention over 2 kinds of parts are compiled, unless Triton has kept them"
     ]
 
 

@@ -17,7 +17,6 @@ from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
 
 if TYPE_CHECKING:
-    from argus.backends.triton.launch import Job
     from argus.tiers.base import Tier
 
 LOG = logging.getLogger(__name__)
@@ -48,6 +47,7 @@ class TritonBackend(CpuBackend):
     def quantize(self, x: Tensor, form: Affine) -> Payload:
         from argus.backends.triton import codec, convert
 
+        self._tell((form, x.shape[-2:]), f"pages to codes of {form.bits} bits")
         made = convert.convert({"codes": x}, Plain(), form) or codec.quantize(x, form)
         return super().quantize(x.float(), form) if made is None else made
 
@@ -73,6 +73,7 @@ class TritonBackend(CpuBackend):
     def to_fp8(self, x: Tensor, form: Float8) -> Payload:
         from argus.backends.triton import codec, convert, float8
 
+        self._tell((form, x.shape[-2:]), "pages to E4M3 codes")
         made = convert.convert({"codes": x}, Plain(), form) or float8.to_fp8(x, form)
         return codec.to_fp8(x, form) if made is None else made
 
@@ -85,6 +86,7 @@ class TritonBackend(CpuBackend):
         if isinstance(form, Projected):
             from argus.backends.triton import archive
 
+            self._tell((form, x.shape[-2:]), "pages to projected pages")
             made = archive.archive({"codes": x}, Plain(), form)
             if made is not None:
                 return made
@@ -100,11 +102,11 @@ class TritonBackend(CpuBackend):
 
         if isinstance(source, Plain) and isinstance(form, (Affine, Float8)):
             return self.encode(payload["codes"], form)
-        if isinstance(form, (Affine, Float8)):
-            return convert.convert(payload, source, form)
-        if isinstance(form, Projected) and isinstance(source, (Affine, Plain)):
-            return archive.archive(payload, source, form)
-        return None
+        if not isinstance(source, (Affine, Float8, Plain)) or not isinstance(form, (Affine, Float8, Projected)):
+            return None
+        self._tell((source, form, payload["codes"].shape[3:]), f"pages of a stage as {type(form).__name__}")
+        make = archive.archive if isinstance(form, Projected) else convert.convert
+        return make(payload, source, form)
 
     def tensors(self) -> list[Tensor]:
         return self.tables.tensors()
@@ -116,7 +118,8 @@ class TritonBackend(CpuBackend):
 
         pages = self.tables.of(segments)
         jobs = launch.plan(query, [*pages.runs, *(part for part in dense if part.keys.shape[2])])
-        self._tell(query.rows.shape[-1], jobs)
+        kind = (query.rows.shape[-1], *((job.share, job.constants) for job in jobs))
+        self._tell(kind, f"attention over {len(jobs)} kinds of parts")
         work = launch.Workspace.of(query, sum(job.splits for job in jobs) + len(pages.others))
         self.workspace = max(self.workspace, 4 * (work.out.numel() + work.lse.numel()))
         slot = launch.answer_all(query, jobs, work, self.dispatch)
@@ -127,12 +130,11 @@ class TritonBackend(CpuBackend):
             slot += 1
         return launch.merge(query, work, sinks, self.dispatch)
 
-    def _tell(self, dim: int, jobs: Sequence[Job]) -> None:
-        """Log that kernels are about to be compiled, which is when they are first asked for parts of these kinds."""
-        kinds = (dim, *((job.share, job.constants) for job in jobs))
-        if kinds not in self._compiled:
-            self._compiled.add(kinds)
-            LOG.info("attention kernels for %d kinds of parts are compiled, unless Triton has kept them", len(jobs))
+    def _tell(self, kind: tuple[object, ...], what: str) -> None:
+        """Log that kernels are about to be compiled, which is when they are first asked for work of this kind."""
+        if kind not in self._compiled:
+            self._compiled.add(kind)
+            LOG.info("kernels for %s are compiled, unless Triton has kept them", what)
 
     def _attend_chunk(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None) -> Tensor:
         # Who keeps exact tokens in float32 wants more than FP16 products.
