@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argus.backends.base import PLANES
 
-TOKENS, WARPS = 64, 4
+TOKENS, WARPS = 32, 1
 """Tokens of a program, and its warps."""
 WIDTH = 32
 """Channels that are coded at once, at most."""
@@ -34,32 +34,66 @@ def _store_plane(
 
 
 @triton.jit
+def _code(x, bounds, BITS: tl.constexpr):
+    """How many bounds lie below each number: a binary search of all at once."""
+    code = tl.zeros(x.shape, tl.int32)
+    for b in tl.static_range(BITS):
+        above = x > bounds[(1 << (BITS - 1 - b)) - 1]
+        code |= tl.where(above, 1 << (BITS - 1 - b), 0)
+        rest = ()
+        for i in tl.static_range((1 << (BITS - 1 - b)) - 1):
+            rest = rest + (tl.where(above, bounds[(1 << (BITS - 1 - b)) + i], bounds[i]),)
+        bounds = rest
+    return code
+
+
+@triton.jit
 def _encode_kernel(
     x_ptr, turn_ptr, signs_ptr, bounds_ptr, codes_ptr, scale_ptr, count, root,
-    D: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of T tokens; `turn` is the Hadamard matrix of ones and minus ones, `root` what makes it orthonormal."""
+    """Codes and scales of T tokens, W channels at a time, ``D = W << LEVELS``.
+
+    The Hadamard matrix of size D is that of its slices (sums and differences, LEVELS times) times that of size W, `turn`, of
+    ones and minus ones; `root` makes it orthonormal.
+    """
     first = tl.program_id(0).to(tl.int64) * T
     token = first + tl.arange(0, T)
-    channel = tl.arange(0, D)
     held = token < count
-    x = tl.load(x_ptr + token[:, None] * D + channel[None, :], mask=held[:, None], other=0.0).to(tl.float32)
-    scale = tl.sqrt(tl.sum(x * x, 1) * (1.0 / D)).to(tl.float16)
+    channel = tl.arange(0, W)
+    parts = ()
+    total = tl.zeros((T,), tl.float32)
+    for j in tl.static_range(1 << LEVELS):
+        at = x_ptr + token[:, None] * D + (j * W + channel)[None, :]
+        x = tl.load(at, mask=held[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(x * x, 1)
+        parts = parts + (x * tl.load(signs_ptr + j * W + channel)[None, :],)
+    scale = tl.sqrt(total * (1.0 / D)).to(tl.float16)
     tl.store(scale_ptr + token, scale, mask=held)
     step = scale.to(tl.float32)
-    step = tl.where(step == 0.0, 1.0, step)
-    y = x * tl.load(signs_ptr + channel)[None, :] * (1.0 / step)[:, None]
-    # Ones are exact in FP16, and so are numbers of 22 bits in two halves: two products are nearly float32's.
-    high = y.to(tl.float16)
-    low = (y - high.to(tl.float32)).to(tl.float16)
+    inverse = (1.0 / tl.where(step == 0.0, 1.0, step))[:, None]
+    turn = tl.load(turn_ptr + channel[:, None] * W + channel[None, :])
+    turned = ()
+    for j in tl.static_range(1 << LEVELS):
+        # Ones are exact in FP16, and so are numbers of 22 bits in two halves: two products are nearly float32's.
+        y = parts[j] * inverse
+        high = y.to(tl.float16)
+        low = (y - high.to(tl.float32)).to(tl.float16)
+        turned = turned + (tl.dot(low, turn, tl.dot(high, turn)),)
+    for level in tl.static_range(LEVELS):
+        mixed = ()
+        for j in tl.static_range(1 << LEVELS):
+            if (j >> level) % 2 == 0:
+                mixed = mixed + (turned[j] + turned[j + (1 << level)],)
+            else:
+                mixed = mixed + (turned[j - (1 << level)] - turned[j],)
+        turned = mixed
+    bounds = ()
+    for i in tl.static_range((1 << BITS) - 1):
+        bounds = bounds + (tl.load(bounds_ptr + i) / root,)
     codes = ()
-    for j in tl.static_range(D // W):
-        turn = tl.load(turn_ptr + channel[:, None] * D + (j * W + tl.arange(0, W))[None, :])
-        turned = tl.dot(low, turn, tl.dot(high, turn)) * root
-        code = tl.zeros((T, W), tl.int32)
-        for i in tl.static_range((1 << BITS) - 1):
-            code += (turned > tl.load(bounds_ptr + i)).to(tl.int32)
-        codes = codes + (code,)
+    for j in tl.static_range(1 << LEVELS):
+        codes = codes + (_code(turned[j], bounds, BITS),)
     out = codes_ptr + first * (D * BITS // 8)
     if BITS & 4:
         _store_plane(codes, out, held[:, None], 0, 0, 4, BITS, D, W, T)
@@ -83,7 +117,7 @@ def encode(x: Tensor, turn: Tensor, signs: Tensor, bounds: Tensor, bits: int, si
     x : Tensor
         ``[n, B, H, P, D]`` of any floating dtype.
     turn : Tensor
-        ``[D, D]`` float16, the Hadamard matrix of ones and minus ones.
+        ``[size, size]`` float16, the Hadamard matrix of ones and minus ones.
     signs : Tensor
         ``[D]`` float32, by which channels are multiplied before.
     bounds : Tensor
@@ -103,6 +137,7 @@ def encode(x: Tensor, turn: Tensor, signs: Tensor, bounds: Tensor, bits: int, si
     scale = torch.empty(head, dtype=torch.float16, device=x.device)
     if scale.numel():
         _encode_kernel[(triton.cdiv(scale.numel(), TOKENS),)](
-            x, turn, signs, bounds, codes, scale, scale.numel(), 1 / sqrt(dim), dim, bits, size, TOKENS, num_warps=WARPS
-        )
+            x, turn, signs, bounds, codes, scale, scale.numel(), 1 / sqrt(dim), dim, bits, size, TOKENS,
+            (dim // size).bit_length() - 1, num_warps=WARPS,
+        )  # fmt: skip
     return {"codes": codes, "scale": scale}

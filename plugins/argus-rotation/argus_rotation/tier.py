@@ -120,7 +120,7 @@ class Rotation(Tier):
         size = width(dim, bits)
         if size is None:
             return None
-        turn = self._constant(f"turn.{dim}", x, lambda: (hadamard(torch.eye(dim)) * sqrt(dim)).round().half())
+        turn = self._constant(f"turn.{size}", x, lambda: (hadamard(torch.eye(size)) * sqrt(size)).round().half())
         signs = self._constant(f"signs.{dim}", x, lambda: self.signs(dim))
         return encode(x, turn, signs, self.bounds(x), bits, size)
 
