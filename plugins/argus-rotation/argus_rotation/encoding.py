@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argus.backends.base import PLANES
 
-TOKENS, WARPS = 32, 1
+TOKENS, WARPS = 16, 1
 """Tokens of a program, and its warps."""
 WIDTH = 32
 """Channels that are coded at once, at most."""
