@@ -31,6 +31,11 @@ def round_down(x: Tensor) -> Tensor:
     return -round_up(-x)
 
 
+def over(x: Tensor, number: float) -> Tensor:
+    """`x` divided by a number, rounded as everywhere: on a GPU torch would multiply by the number's rounded inverse."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes along the last axis.
 
@@ -95,7 +100,7 @@ class CpuBackend(Backend):
         top = (1 << form.bits) - 1
         if form.symmetric:
             half = top >> 1
-            scale = round_up(parts.abs().amax(dim) / half)
+            scale = round_up(over(parts.abs().amax(dim), half))
             step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
             codes = (parts / step).round_().clamp_(-half, half).to(torch.int8)
             return {"codes": codes.view(x.shape), "scale": scale}
@@ -106,7 +111,7 @@ class CpuBackend(Backend):
             return self.affine(codes, (2 * apart).to(torch.float16), (centre - apart).to(torch.float16), form)
         low, high = torch.aminmax(parts, dim=dim)
         zero = round_down(low)
-        scale = round_up((high - zero.float()) / top)
+        scale = round_up(over(high - zero.float(), top))
         step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
         codes = ((parts - zero.float().unsqueeze(dim)) / step).round_().clamp_(0, top).to(torch.uint8)
         return self.affine(codes.view(x.shape), scale, zero, form)
@@ -128,7 +133,7 @@ class CpuBackend(Backend):
 
     def to_fp8(self, x: Tensor, form: Float8) -> Payload:
         parts, dim = grouped(x, form.axis, form.group)
-        scale = round_up(parts.abs().amax(dim) / FP8_MAX)
+        scale = round_up(over(parts.abs().amax(dim), FP8_MAX))
         step = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(dim)
         codes = (parts / step).clamp_(-FP8_MAX, FP8_MAX).view(x.shape)
         return {"codes": codes.to(torch.float8_e4m3fn), "scale": scale}

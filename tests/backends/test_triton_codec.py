@@ -119,3 +119,13 @@ def test_no_pages() -> None:
     empty = torch.empty(0, 1, 2, 64, 64, device=DEVICE)
     payload = TritonBackend().quantize(empty, Affine(4, "channel"))
     assert TritonBackend().dequantize(payload, Affine(4, "channel")).shape == empty.shape
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
+def test_the_oracle_is_the_same_on_a_gpu(bits: int) -> None:
+    """Numbers of few bits, whose ranges are often an exact multiple of the largest code."""
+    form = Affine(bits, "channel", symmetric=bits == 8)
+    x = pages(64, 128).half().float()
+    want, got = CpuBackend().quantize(x, form), CpuBackend().quantize(x.to(DEVICE), form)
+    assert all(torch.equal(got[name].cpu(), want[name]) for name in want)
