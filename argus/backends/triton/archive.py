@@ -9,8 +9,10 @@ from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
+from argus.backends.triton.archive_codes import archive_codes
 from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _unpack, _whole, shape_of
 from argus.backends.triton.forms import ELEMENTS
+from argus.backends.triton.fragments import Weights
 
 PRECISION = "tf32x3"
 """How coefficients are multiplied: ``tf32x3`` on tensor cores, with an error near float32's, or ``ieee`` on ordinary ones."""
@@ -137,7 +139,7 @@ def _archive_kernel(
             _planar_plane(code, out, (BITS & 6) * D // 8, BITS & 6, 1, BITS, R, D)
 
 
-def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payload | None:
+def archive(payload: Payload, source: Affine | Plain, form: Projected, kept: Weights) -> Payload | None:
     """Pages in fragment order or plain, archived; None where a page is not one block or the inner form has no kernel.
 
     Parameters
@@ -146,12 +148,18 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected) -> Payloa
         What `source` keeps of pages ``[n, B, H, P, D]``, plain numbers of any floating dtype.
     source : Affine or Plain
     form : Projected
+    kept : Weights
+        Projections that were laid for kernels before.
 
     Returns
     -------
     dict of str to Tensor or None
         As :meth:`argus.backends.base.Backend.encode` gives it.
     """
+    if isinstance(source, Affine):
+        made = archive_codes(payload, source, form, kept)
+        if made is not None:
+            return made
     inner = form.inner
     coded = isinstance(source, Affine)
     page, dim = shape_of(payload, source) if isinstance(source, Affine) else payload["codes"].shape[-2:]

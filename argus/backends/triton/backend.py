@@ -13,6 +13,7 @@ from argus.attention import Query, answer_bounded
 from argus.backends.base import Affine, Dense, Float8, Payload, Plain, Projected, Role, Segment, grouped
 from argus.backends.cpu import CpuBackend, PagePart
 from argus.backends.triton import layout
+from argus.backends.triton.fragments import Weights
 from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
 
@@ -40,6 +41,7 @@ class TritonBackend(CpuBackend):
     def __init__(self) -> None:
         self.tables = Tables()
         self.sights = Sights()
+        self.weights = Weights()
         self._compiled: set[tuple[object, ...]] = set()
 
     def quantize(self, x: Tensor, form: Affine) -> Payload:
@@ -84,7 +86,7 @@ class TritonBackend(CpuBackend):
         if isinstance(form, Projected):
             from argus.backends.triton import archive
 
-            made = archive.archive({"codes": x}, Plain(), form)
+            made = archive.archive({"codes": x}, Plain(), form, self.weights)
             if made is not None:
                 return made
         return super().encode(x, form)
@@ -102,11 +104,11 @@ class TritonBackend(CpuBackend):
         if isinstance(form, (Affine, Float8)):
             return convert.convert(payload, source, form)
         if isinstance(form, Projected) and isinstance(source, (Affine, Plain)):
-            return archive.archive(payload, source, form)
+            return archive.archive(payload, source, form, self.weights)
         return None
 
     def tensors(self) -> list[Tensor]:
-        return self.tables.tensors()
+        return [*self.tables.tensors(), *self.weights.tensors()]
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         if query.length > DECODE or query.rows.shape[2] > ROWS:

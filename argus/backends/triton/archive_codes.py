@@ -1,0 +1,567 @@
+"""One kernel from integer codes to their Johnson-Lindenstrauss archive: a warp takes a page of a head, 64 tokens, in registers.
+
+Coefficients are ``c = w (x - mean)`` with ``w = W / P``, up to 16 rows, and pages are ``x = scale * code + zero``. What must be
+multiplied are codes, so ``n = v @ codes`` is taken on integer tensor cores, exactly, with ``v`` three signed bytes a number,
+in fixed point. Scales of channels (axis ``channel``) multiply sums: ``c = scale * n + (zero - mean) * sum(w)``, and ``v`` is
+``w``, which all pages share. Scales of tokens go into the page's own ``v = w * scale``: ``c = n + w zero - mean * sum(w)``.
+
+A lane holds columns 2 t and 2 t + 1 of products (lane ``4 g + t``), so groups of coefficients, which run along channels, are
+shared by the four lanes of a row. Its tokens are ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` for byte ``c`` of word ``(s, h)``, as
+``layout.py`` has it for axis ``token``. For axis ``channel`` lanes read words of other lanes and turn 4 x 4 bytes of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from argus.backends.base import PREFIX, Affine, Payload, Projected
+from argus.backends.triton import convert, tuning
+from argus.backends.triton.codec import _affine, shape_of
+from argus.backends.triton.codes import _field, _load_block, _place, _quarters, _unit, _word
+from argus.backends.triton.fragments import PAGE, SMALL, Weights
+from argus.backends.triton.lanes import _halves, _halves8, _load1, _load2, _load4, _mma, _mma_right, _xor
+from argus.backends.triton.words import _lane_word, _put16, _put_some1, _put_some2, _put_some4, _rounded
+
+UNIT = tl.constexpr(64)
+"""Bytes after the first sum of a row at which what a unit stands for lies, in what :func:`weights` lays."""
+WHOLE = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a float that begins there is its integer, in the low bits."""
+
+
+@triton.jit
+def _limbs(x0, x1, x2, x3, OVER: tl.constexpr):
+    """Words of the high, middle and low signed bytes of four numbers, rounded; those of the high ones are above by OVER's.
+
+    OVER: 2^23, or half as much again where numbers have signs, with 0x8080 added, so that lower bytes are above by 128.
+    """
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 p, q, r, s;
+        prmt.b32 p, $3, $4, 0x5140; prmt.b32 q, $5, $6, 0x5140; prmt.b32 r, $3, $4, 0x0062; prmt.b32 s, $5, $6, 0x0062;
+        prmt.b32 $0, r, s, 0x5410; prmt.b32 r, p, q, 0x7632; prmt.b32 s, p, q, 0x5410;
+        xor.b32 $1, r, 0x80808080; xor.b32 $2, s, 0x80808080; }""",
+        "=r,=r,=r,f,f,f,f", [x0 + OVER, x1 + OVER, x2 + OVER, x3 + OVER],
+        dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turned(a, b, c, d):
+    """The 4 x 4 bytes of four words, transposed."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 p, q, r, s;
+        prmt.b32 p, $4, $5, 0x5140; prmt.b32 q, $4, $5, 0x7362; prmt.b32 r, $6, $7, 0x5140; prmt.b32 s, $6, $7, 0x7362;
+        prmt.b32 $0, p, r, 0x5410; prmt.b32 $1, p, r, 0x7632; prmt.b32 $2, q, s, 0x5410; prmt.b32 $3, q, s, 0x7632; }""",
+        "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _packed(a, b):
+    """Two numbers rounded to FP16, in a word."""
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _fused(a, b, c):
+    """``a * b + c``, rounded once wherever it runs."""
+    return tl.inline_asm_elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, True, 1)
+
+
+@triton.jit
+def _swapped(x, LANES: tl.constexpr):
+    return _xor(x.to(tl.float32, bitcast=True), LANES).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _products(a, M: tl.constexpr, b, START, SIGNED: tl.constexpr):
+    """Operand M of `a`, 16 rows of 64 tokens, times the codes of 8 channels; sums begin at the integer START."""
+    first = tl.full((32,), START, tl.int32)
+    c = (first, first, first, first)
+    for s in tl.static_range(2):
+        row = (a[8 * M + 4 * s], a[8 * M + 4 * s + 1], a[8 * M + 4 * s + 2], a[8 * M + 4 * s + 3])
+        if SIGNED:
+            c = _mma(row, b[2 * s], b[2 * s + 1], c, True)
+        else:
+            c = _mma_right(row, b[2 * s], b[2 * s + 1], c)
+    return c
+
+
+@triton.jit
+def _whole(high, middle, low, NARROW: tl.constexpr):
+    """Sums of numbers from those of their bytes; those of low ones begin at :data:`WHOLE` unless the sum is an int32."""
+    if NARROW:
+        x = ((high << 16) + (middle << 8) + low).to(tl.float32)
+    else:
+        x = ((high << 8) + middle).to(tl.float32) * 256.0 + (low.to(tl.float32, bitcast=True) - WHOLE)
+    return x
+
+
+@triton.jit
+def _sums(a, b, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr):
+    """A lane's sums for 8 channels: rows g (and g + 8, WIDE), columns 2 t and 2 t + 1; the last operand's lower half, if not WIDE.
+
+    The last operand's sums begin at :data:`WHOLE`, all but those of low bytes that are NARROW.
+    """
+    START: tl.constexpr = 0 if NARROW else 0x4B400000
+    sums = ()
+    if WIDE:
+        high = _products(a, 0, b, 0, SIGNED)
+        middle = _products(a, 1, b, 0, SIGNED)
+        low = _products(a, 2, b, START, SIGNED)
+        for i in tl.static_range(4):
+            sums = sums + (_whole(high[i], middle[i], low[i], NARROW),)
+    else:
+        both = _products(a, 0, b, 0, SIGNED)
+        low = _products(a, 1, b, START, SIGNED)
+        for i in tl.static_range(2):
+            sums = sums + (_whole(both[i], both[2 + i], low[i], NARROW),)
+    return sums, low
+
+
+@triton.jit
+def _plane_columns(at, HALF: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr, D: tl.constexpr):
+    """One plane of :func:`_columns`."""
+    SETS: tl.constexpr = 1 if BITS <= 2 else BITS // 2
+    NS: tl.constexpr = D // 32
+    turned = ()
+    for i in tl.static_range(SETS):
+        FROM: tl.constexpr = 512 * (0 if BITS == 1 else i * NS + HALF * (NS // 2))
+        if D == 128:
+            x = _load4(at + FROM)
+            y = _load4(at + FROM + 64)
+            turned = turned + _turned(x[0], x[1], y[0], y[1]) + _turned(x[2], x[3], y[2], y[3])
+        else:
+            x = _load2(at + FROM)
+            y = _load2(at + FROM + 64)
+            turned = turned + _turned(x[0], x[1], y[0], y[1])
+    words = ()
+    for k in tl.static_range(D // 16):
+        for i in tl.static_range(4):
+            if BITS == 8:
+                words = words + (turned[i * (D // 16) + k],)
+            elif BITS == 4:
+                words = words + (_field(turned[i % 2 * (D // 16) + k], i // 2 * 4, 4, TO),)
+            elif BITS == 2:
+                words = words + (_field(turned[k], 2 * i, 2, TO),)
+            else:
+                words = words + (_field(turned[k], 2 * i + HALF, 1, TO),)
+    return words
+
+
+@triton.jit
+def _united(x, y, N: tl.constexpr):
+    words = ()
+    for i in tl.static_range(N):
+        words = words + (x[i] | y[i],)
+    return words
+
+
+@triton.jit
+def _columns(at, HALF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Axis channel: codes of D / 16 times 8 channels as B operands, four words each.
+
+    Column n of those of run k holds channel ``(n % 2) D / 2 + (n / 4) D / 4 + HALF D / 8 + (n / 2 % 2) D / 16 + k``. A lane
+    reads what the lanes of its tokens and its channel hold, at `at` and four lanes on; two halves of one bit share words.
+    """
+    N: tl.constexpr = D // 4
+    if BITS & 8:
+        words = _plane_columns(at, HALF, 8, 0, D)
+    if BITS & 4:
+        words = _plane_columns(at, HALF, 4, 0, D)
+    if BITS & 2:
+        twos = _plane_columns(at + (BITS & 4) * D * 8, HALF, 2, BITS & 4, D)
+        words = _united(words, twos, N) if BITS & 4 else twos
+    if BITS & 1:
+        ones = _plane_columns(at + (BITS & 6) * D * 8, HALF, 1, BITS & 6, D)
+        words = _united(words, ones, N) if BITS & 6 else ones
+    return words
+
+
+@triton.jit
+def _run(at, D: tl.constexpr):
+    """D / 16 neighbouring FP16 numbers."""
+    if D == 128:
+        x = _halves8(_load4(at))
+    else:
+        x = _quarters(at)
+    return x
+
+
+@triton.jit
+def _float_at(at):
+    return _load1(at).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _least(x, N: tl.constexpr, LARGEST: tl.constexpr):
+    """The smallest, or largest, of N numbers of each of the four lanes of a row; N a power of two."""
+    for level in tl.static_range(6):
+        if (N >> level) > 1:
+            y = ()
+            for i in tl.static_range(N >> (level + 1)):
+                if LARGEST:
+                    y = y + (tl.maximum(x[2 * i], x[2 * i + 1]),)
+                else:
+                    y = y + (tl.minimum(x[2 * i], x[2 * i + 1]),)
+            x = y
+    if LARGEST:
+        z = tl.maximum(x[0], _xor(x[0], 1))
+        z = tl.maximum(z, _xor(z, 2))
+    else:
+        z = tl.minimum(x[0], _xor(x[0], 1))
+        z = tl.minimum(z, _xor(z, 2))
+    return z
+
+
+@triton.jit
+def _quantized(x, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr):
+    """Words of codes of N numbers a lane, a row each four lanes; their scale and zero are stored where `held`."""
+    scale, zero = _affine(_least(x, N, False), _least(x, N, True), (1 << BITS) - 1)
+    _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
+    _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
+    step = scale.to(tl.float32)
+    step = tl.where(step == 0.0, 1.0, step)
+    inverse = 1.0 / step
+    low = zero.to(tl.float32)
+    s, y, z = (step, step, step, step), (inverse, inverse, inverse, inverse), (low, low, low, low)
+    words = ()
+    for i in tl.static_range(N // 4):
+        words = words + (_rounded(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], s, y, z),)
+    return words
+
+
+@triton.jit
+def _put_run(at, w, held, N: tl.constexpr):
+    """Store N neighbouring words where `held`."""
+    if N == 4:
+        _put_some4(at, w[0], w[1], w[2], w[3], held)
+    elif N == 2:
+        _put_some2(at, w[0], w[1], held)
+    else:
+        _put_some1(at, w[0], held)
+
+
+@triton.jit
+def _channel_kernel(
+    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Archive a page of one head whose scales are channels'.
+
+    A row of ones counts codes beside the projection, so a mean is ``zero + scale * count / 64``, rounded to float32 once, as
+    the mean of decoded numbers is: these are exact unless a zero is some 2^13 times its scale.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    WIDE: tl.constexpr = R > 8
+    ROWS: tl.constexpr = 2 if WIDE else 1
+    M: tl.constexpr = 3 if WIDE else 2
+    K: tl.constexpr = D // 16
+    # Channels of column g, which it reads: `codes.py` lays those of quarter t in lanes t.
+    quarter = g % 2 * 2 + g // 4
+    at = from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS) + (8 * t + quarter) * 16 + g // 2 % 2 * (512 if D == 128 else 8)
+    base = weights_ptr.to(tl.int64)
+    a = ()
+    for i in tl.static_range(2 * M):
+        a = a + _load4(base + i * 512 + lane * 16)
+    facts = base + M * 1024
+    share = _float_at(facts + UNIT + lane * 0)
+    ones = tl.full((32,), 0x01010101, tl.int32)
+    many = (ones, ones, ones, ones, ones, ones, ones, ones)
+    row_sums = ()
+    for r in tl.static_range(ROWS):
+        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4),)
+    # Channels of columns 2 t and, D / 2 further, 2 t + 1.
+    channel = t // 2 * (D // 4) + t % 2 * (D // 16)
+    upper = ()
+    lower = ()
+    for HALF in tl.static_range(2):
+        b = _columns(at, HALF, FROM_BITS, D)
+        s = ()
+        z = ()
+        for e in tl.static_range(2):
+            place = (unit * D + channel + e * (D // 2) + HALF * (D // 8)) * 2
+            s = s + _run(from_scale.to(tl.int64) + place, D)
+            if not SYMMETRIC:
+                z = z + _run(from_zero.to(tl.int64) + place, D)
+        means = ((), ())
+        for pair in tl.static_range(K // 2):
+            sums = ()
+            mean = ()
+            for k in tl.static_range(2 * pair, 2 * pair + 2):
+                words = (b[4 * k], b[4 * k + 1], b[4 * k + 2], b[4 * k + 3])
+                n, low = _sums(a, words, SYMMETRIC, WIDE, NARROW)
+                if WIDE:
+                    count = _products(many, 0, words, 0x4B400000, SYMMETRIC)
+                elif NARROW:
+                    count = (low[2] + 0x4B400000, low[3] + 0x4B400000)
+                else:
+                    count = (low[2], low[3])
+                sums = sums + n
+                for e in tl.static_range(2):
+                    part = (count[e].to(tl.float32, bitcast=True) - WHOLE) * (1.0 / 64)
+                    if SYMMETRIC:
+                        mean = mean + (part * s[e * K + k],)
+                    else:
+                        mean = mean + (_fused(part, s[e * K + k], z[e * K + k]),)
+            w0 = _packed(mean[0], mean[2])
+            w1 = _packed(mean[1], mean[3])
+            means = (means[0] + (w0,), means[1] + (w1,))
+            m0 = _halves(w0)
+            m1 = _halves(w1)
+            for k in tl.static_range(2):
+                for r in tl.static_range(ROWS):
+                    for e in tl.static_range(2):
+                        of = e * K + 2 * pair + k
+                        m = m0[k] if e == 0 else m1[k]
+                        off = m * -1.0 if SYMMETRIC else z[of] - m
+                        one = sums[k * (2 * ROWS) + 2 * r + e] * (s[of] * share) + off * row_sums[r]
+                        if r == 0:
+                            upper = upper + (one,)
+                        else:
+                            lower = lower + (one,)
+        for e in tl.static_range(2):
+            to = mean_ptr.to(tl.int64) + (unit * D + channel + e * (D // 2) + HALF * (D // 8)) * 2
+            _put_run(to, means[e], g == 2 * HALF + e, K // 2)
+    for r in tl.static_range(ROWS):
+        row = g + 8 * r
+        place = (unit * R + row) * 2
+        numbers = lower if r else upper
+        # Numbers are [half, run, column]: four of a column make a word.
+        ordered = ()
+        for i in tl.static_range(K // 2):
+            for e in tl.static_range(2):
+                ordered = ordered + (
+                    numbers[8 * i + e], numbers[8 * i + 2 + e], numbers[8 * i + 4 + e], numbers[8 * i + 6 + e],
+                )  # fmt: skip
+        codes = _quantized(
+            ordered, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & (row < R), 4 * K, BITS
+        )
+        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
+        for HALF in tl.static_range(2):
+            if D == 128:
+                two = (codes[4 * HALF] | (codes[4 * HALF + 1] << 4), codes[4 * HALF + 2] | (codes[4 * HALF + 3] << 4))
+            else:
+                two = (codes[2 * HALF] | (codes[2 * HALF + 1] << 4),)
+            _put_run(to + HALF * (D // 8), two, row < R, K // 4)
+
+
+@triton.jit
+def _scaled(base, lane, s, ROWS: tl.constexpr):
+    """Bytes of the page's projection: ``[row half, word, byte]``, from `s`, the scales of a lane's tokens."""
+    limbs = ()
+    for r in tl.static_range(ROWS):
+        for w in tl.static_range(4):
+            x = _load4(base + (4 * r + w) * 512 + lane * 16)
+            # Tokens of word (w / 2, w % 2).
+            at: tl.constexpr = 4 * (w // 2) + 2 * (w % 2)
+            limbs = limbs + _limbs(
+                x[0].to(tl.float32, bitcast=True) * s[at], x[1].to(tl.float32, bitcast=True) * s[at + 1],
+                x[2].to(tl.float32, bitcast=True) * s[at + 8], x[3].to(tl.float32, bitcast=True) * s[at + 9],
+                12615808.0,
+            )  # fmt: skip
+    return limbs
+
+
+@triton.jit
+def _token_kernel(
+    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Archive a page of one head whose scales are tokens'.
+
+    Means are ``(sum(scale * code) + sum(zero)) / 64`` in float64, whose first sum is an exact one of integers: scales are 22
+    bits of the power of two above the largest, which is all that they have unless they are 2^12 times smaller. Lanes take
+    four channels each, and tell the others of a row's lanes.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    WIDE: tl.constexpr = R > 8
+    ROWS: tl.constexpr = 2 if WIDE else 1
+    SETS: tl.constexpr = D // 64
+    none = tl.zeros((32,), tl.int32)
+    words = _load_block(from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS), lane, FROM_BITS, D)
+    tokens = from_scale.to(tl.int64) + (unit * 64 + t * 16) * 2
+    s = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
+    every = unit * 64 + tl.arange(0, 64)
+    largest = tl.maximum(tl.max(tl.load(from_scale + every).to(tl.float32), 0), 6e-8)
+    # The powers of two above the largest scale, and one over it.
+    above = (largest.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    power = above.to(tl.float32, bitcast=True)
+    inverse = (0x7F000000 - above).to(tl.float32, bitcast=True)
+    near = ()
+    for i in tl.static_range(16):
+        near = near + (s[i] * inverse,)
+    base = weights_ptr.to(tl.int64)
+    facts = base + ROWS * 2048
+    share = _float_at(facts + UNIT + lane * 0)
+    row_sums = ()
+    zeros = ()
+    if not SYMMETRIC:
+        total = tl.sum(tl.load(from_zero + every).to(tl.float64), 0) * (1.0 / 64)
+        tokens = from_zero.to(tl.int64) + (unit * 64 + t * 16) * 2
+        z = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
+    for r in tl.static_range(ROWS):
+        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4),)
+        zero = tl.zeros((32,), tl.float32)
+        if not SYMMETRIC:
+            for w in tl.static_range(4):
+                x = _load4(base + (4 * r + w) * 512 + lane * 16)
+                for c in tl.static_range(4):
+                    zero += x[c].to(tl.float32, bitcast=True) * z[4 * (w // 2) + 2 * (w % 2) + c // 2 * 8 + c % 2]
+            zero += _xor(zero, 1)
+            zero += _xor(zero, 2)
+        zeros = zeros + (zero * share,)
+    limbs = _scaled(base, lane, near, ROWS)
+    a = ()
+    for m in tl.static_range(3 if WIDE else 2):
+        for ks in tl.static_range(2):
+            for i in tl.static_range(4):
+                # Word (ks, i / 2) of the upper half, i even, or of the lower; see :func:`_sums`.
+                w: tl.constexpr = 3 * (2 * ks + i // 2)
+                if WIDE:
+                    one = limbs[12 * (i % 2) + w + m]
+                    if m == 0:
+                        one = (one + 0x40404040) ^ -0x7F7F7F80
+                elif i % 2 == 0:
+                    one = limbs[w + 2 * m]
+                    if m == 0:
+                        one = (one + 0x40404040) ^ -0x7F7F7F80
+                elif m == 0:
+                    one = limbs[w + 1]
+                else:
+                    one = none
+                a = a + (one,)
+    # Scales alone: rows 0 to 3 their low bytes, 4 to 7 the middle ones, 8 to 15 the high ones.
+    first = g < 4
+    scales = ()
+    for w in tl.static_range(4):
+        at: tl.constexpr = 4 * (w // 2) + 2 * (w % 2)
+        high, middle, low = _limbs(
+            near[at] * 4194304.0, near[at + 1] * 4194304.0, near[at + 8] * 4194304.0, near[at + 9] * 4194304.0, 8421504.0
+        )
+        scales = scales + (tl.where(first, low, middle), high)
+    gain = power * share
+    upper = ()
+    lower = ()
+    kept = ()
+    for j in tl.static_range(D // 8):
+        LAST: tl.constexpr = j // 2 * 8 + 7
+        TO: tl.constexpr = _place(LAST, FROM_BITS, D)
+        b = ()
+        for w in tl.static_range(4):
+            b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, TO),)
+        sums, rest = _sums(a, b, SYMMETRIC, WIDE, False)
+        factor = gain * _unit(LAST, FROM_BITS, D)
+        for e in tl.static_range(2):
+            upper = upper + (sums[e] * factor + zeros[0],)
+            if WIDE:
+                lower = lower + (sums[2 + e] * factor + zeros[1],)
+        count = _products(scales, 0, b, 0, SYMMETRIC)
+        if j % 4 == 0:
+            held = count
+        else:
+            mine = g % 4 == j % 4
+            held = (
+                tl.where(mine, count[0], held[0]), tl.where(mine, count[1], held[1]),
+                tl.where(mine, count[2], held[2]), tl.where(mine, count[3], held[3]),
+            )  # fmt: skip
+        if j % 4 == 3:
+            kept = kept + held
+    means = ()
+    for k in tl.static_range(SETS):
+        two = ()
+        # Lanes with g < 4 keep the channels of 4 k and on, the others those of 4 SETS more, and give what they know of theirs.
+        third = k * 2 + g // 4 * (2 * SETS) + g // 2 % 2
+        place = _unit(8 * (k * 2) + 7, FROM_BITS, D) + tl.zeros((32,), tl.float32)
+        for i in tl.static_range(1, D // 16):
+            place = tl.where(third == i, _unit(8 * i + 7, FROM_BITS, D), place)
+        times = (power * (1.0 / (4194304.0 * 64))) * place
+        for e in tl.static_range(2):
+            here, there = kept[4 * k + e], kept[4 * (k + SETS) + e]
+            mine = tl.where(first, here, there)
+            theirs = _swapped(tl.where(first, there, here), 16)
+            low = tl.where(first, mine, theirs)
+            middle = tl.where(first, theirs, mine)
+            high = tl.where(first, kept[4 * k + 2 + e], kept[4 * (k + SETS) + 2 + e])
+            one = ((middle << 8) + low).to(tl.float64) + high.to(tl.float64) * 65536.0
+            one = one * times.to(tl.float64)
+            if not SYMMETRIC:
+                one += total
+            two = two + (one.to(tl.float32),)
+        mean = _packed(two[0], two[1])
+        means = means + (mean,)
+        tile = 4 * k + g // 4 * (4 * SETS) + g % 4
+        _put_some1(mean_ptr.to(tl.int64) + (unit * D + tile * 8 + 2 * t) * 2, mean, g >= 0)
+    upper_rest = ()
+    lower_rest = ()
+    for j in tl.static_range(D // 8):
+        m = _halves(_lane_word(means[j // 4 % SETS], t + (j % 4 * 4 + j // (4 * SETS) * 16)))
+        for e in tl.static_range(2):
+            upper_rest = upper_rest + (upper[2 * j + e] - m[e] * row_sums[0],)
+            if WIDE:
+                lower_rest = lower_rest + (lower[2 * j + e] - m[e] * row_sums[1],)
+    for r in tl.static_range(ROWS):
+        row = g + 8 * r
+        place = (unit * R + row) * 2
+        held = row < R
+        codes = _quantized(
+            lower_rest if r else upper_rest, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
+            (t == 0) & held, D // 4, BITS,
+        )  # fmt: skip
+        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + 2 * t
+        for i in tl.static_range(D // 32):
+            two = codes[i] | (codes[i + D // 32] << 4)
+            _put16(to + 16 * i, two, held)
+            _put16(to + 16 * i + 8, two >> 16, held)
+
+
+def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weights) -> Payload | None:
+    """Pages of 64 tokens in fragment order, archived in 4-bit codes along channels; None: there is no kernel.
+
+    Parameters
+    ----------
+    payload : dict of str to Tensor
+        What `source` keeps of pages ``[n, B, H, P, D]``.
+    source : Affine
+    form : Projected
+    kept : Weights
+
+    Returns
+    -------
+    dict of str to Tensor or None
+    """
+    inner = form.inner
+    page, dim = shape_of(payload, source)
+    rows = page // form.ratio
+    if not convert.ASSEMBLED or not isinstance(inner, Affine) or page != PAGE or dim not in (64, 128) or not 1 <= rows <= 16:
+        return None
+    if inner.bits != 4 or inner.axis != "token" or inner.group not in (None, dim) or inner.symmetric or inner.centred:
+        return None
+    whole = source.group in (None, page if source.axis == "channel" else dim)
+    if not whole or (source.symmetric and source.bits < 8):
+        return None
+    held = {name: tensor.contiguous() for name, tensor in payload.items()}
+    codes, scale = held["codes"], held["scale"]
+    head, device = codes.shape[:3], codes.device
+    made = {"mean": torch.empty(*head, dim, dtype=torch.float16, device=device)}
+    made[PREFIX + "codes"] = torch.empty(*head, rows, dim // 2, dtype=torch.uint8, device=device)
+    made[PREFIX + "scale"] = torch.empty(*head, rows, 1, dtype=torch.float16, device=device)
+    made[PREFIX + "zero"] = torch.empty_like(made[PREFIX + "scale"])
+    if head.numel():
+        tokens = source.axis == "token"
+        kernel = _token_kernel if tokens else _channel_kernel
+        laid = kept.of(form, codes, tokens, source.bits)
+        kernel[(head.numel(),)](
+            codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
+            dim, rows, source.bits, source.symmetric, source.bits <= SMALL, inner.bits,
+            num_warps=1, maxnreg=tuning.CODEC_REGISTERS,
+        )  # fmt: skip
+    return made
