@@ -23,12 +23,11 @@ from argus.backends.triton.codec import _affine, shape_of
 from argus.backends.triton.codes import _field, _load_block, _place, _quarters, _unit, _word
 from argus.backends.triton.fragments import PAGE, SMALL, Weights
 from argus.backends.triton.lanes import _halves, _halves8, _load1, _load2, _load4, _mma, _mma_right, _xor
+from argus.backends.triton.recode import _as_floats
 from argus.backends.triton.words import _lane_word, _put16, _put_some1, _put_some2, _put_some4, _rounded
 
 UNIT = tl.constexpr(64)
 """Bytes after the first sum of a row at which what a unit stands for lies, in what :func:`weights` lays."""
-WHOLE = tl.constexpr(12582912.0)
-"""1.5 * 2^23: a float that begins there is its integer, in the low bits."""
 
 
 @triton.jit
@@ -76,10 +75,8 @@ def _swapped(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _products(a, M: tl.constexpr, b, START, SIGNED: tl.constexpr):
-    """Operand M of `a`, 16 rows of 64 tokens, times the codes of 8 channels; sums begin at the integer START."""
-    first = tl.full((32,), START, tl.int32)
-    c = (first, first, first, first)
+def _products(a, M: tl.constexpr, b, c, SIGNED: tl.constexpr):
+    """`c` plus operand M of `a`, 16 rows of 64 tokens, times the codes of 8 channels."""
     for s in tl.static_range(2):
         row = (a[8 * M + 4 * s], a[8 * M + 4 * s + 1], a[8 * M + 4 * s + 2], a[8 * M + 4 * s + 3])
         if SIGNED:
@@ -90,103 +87,99 @@ def _products(a, M: tl.constexpr, b, START, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _whole(high, middle, low, NARROW: tl.constexpr):
-    """Sums of numbers from those of their bytes; those of low ones begin at :data:`WHOLE` unless the sum is an int32."""
-    if NARROW:
-        x = ((high << 16) + (middle << 8) + low).to(tl.float32)
-    else:
-        x = ((high << 8) + middle).to(tl.float32) * 256.0 + (low.to(tl.float32, bitcast=True) - WHOLE)
-    return x
+def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr):
+    """A lane's sums for 8 channels: rows g (and g + 8, WIDE), columns 2 t and 2 t + 1; last, what rows of ones gave, unless WIDE.
 
-
-@triton.jit
-def _sums(a, b, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr):
-    """A lane's sums for 8 channels: rows g (and g + 8, WIDE), columns 2 t and 2 t + 1; the last operand's lower half, if not WIDE.
-
-    The last operand's sums begin at :data:`WHOLE`, all but those of low bytes that are NARROW.
+    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: whole sums are an int32.
     """
-    START: tl.constexpr = 0 if NARROW else 0x4B400000
-    sums = ()
+    empty = (none, none, none, none)
     if WIDE:
-        high = _products(a, 0, b, 0, SIGNED)
-        middle = _products(a, 1, b, 0, SIGNED)
-        low = _products(a, 2, b, START, SIGNED)
-        for i in tl.static_range(4):
-            sums = sums + (_whole(high[i], middle[i], low[i], NARROW),)
+        c = _products(a, 0, b, empty, SIGNED)
+        c = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
+        start = (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8)
     else:
-        both = _products(a, 0, b, 0, SIGNED)
-        low = _products(a, 1, b, START, SIGNED)
-        for i in tl.static_range(2):
-            sums = sums + (_whole(both[i], both[2 + i], low[i], NARROW),)
-    return sums, low
+        c = _products(a, 0, b, empty, SIGNED)
+        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3], none, none)
+        start = (c[0] << 8, c[1] << 8, none, none)
+    if NARROW:
+        low = _products(a, 2 if WIDE else 1, b, start, SIGNED)
+    else:
+        low = _products(a, 2 if WIDE else 1, b, empty, SIGNED)
+    sums = ()
+    for i in tl.static_range(4 if WIDE else 2):
+        one = low[i].to(tl.float32)
+        if not NARROW:
+            one += c[i].to(tl.float32) * 256.0
+        sums = sums + (one,)
+    return sums + (low[2], low[3])
 
 
 @triton.jit
-def _plane_columns(at, HALF: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr, D: tl.constexpr):
-    """One plane of :func:`_columns`."""
-    SETS: tl.constexpr = 1 if BITS <= 2 else BITS // 2
+def _turned_plane(at, HALF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """One plane of :func:`_turned_block`: D / 16 words, of each 2, 4 or 8 bits of a code as many times that."""
     NS: tl.constexpr = D // 32
     turned = ()
-    for i in tl.static_range(SETS):
-        FROM: tl.constexpr = 512 * (0 if BITS == 1 else i * NS + HALF * (NS // 2))
+    for i in tl.static_range(1 if BITS <= 2 else BITS // 2):
+        if BITS == 1:
+            place = at
+        else:
+            place = at + 512 * (i * NS + HALF * (NS // 2))
         if D == 128:
-            x = _load4(at + FROM)
-            y = _load4(at + FROM + 64)
+            x = _load4(place)
+            y = _load4(place + 64)
             turned = turned + _turned(x[0], x[1], y[0], y[1]) + _turned(x[2], x[3], y[2], y[3])
         else:
-            x = _load2(at + FROM)
-            y = _load2(at + FROM + 64)
+            x = _load2(place)
+            y = _load2(place + 64)
             turned = turned + _turned(x[0], x[1], y[0], y[1])
-    words = ()
-    for k in tl.static_range(D // 16):
-        for i in tl.static_range(4):
-            if BITS == 8:
-                words = words + (turned[i * (D // 16) + k],)
-            elif BITS == 4:
-                words = words + (_field(turned[i % 2 * (D // 16) + k], i // 2 * 4, 4, TO),)
-            elif BITS == 2:
-                words = words + (_field(turned[k], 2 * i, 2, TO),)
-            else:
-                words = words + (_field(turned[k], 2 * i + HALF, 1, TO),)
-    return words
+    return turned
 
 
 @triton.jit
-def _united(x, y, N: tl.constexpr):
-    words = ()
-    for i in tl.static_range(N):
-        words = words + (x[i] | y[i],)
-    return words
+def _turned_block(at, HALF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Axis channel: all planes of half of the channels, bytes of a word the tokens of one channel.
 
-
-@triton.jit
-def _columns(at, HALF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """Axis channel: codes of D / 16 times 8 channels as B operands, four words each.
-
-    Column n of those of run k holds channel ``(n % 2) D / 2 + (n / 4) D / 4 + HALF D / 8 + (n / 2 % 2) D / 16 + k``. A lane
-    reads what the lanes of its tokens and its channel hold, at `at` and four lanes on; two halves of one bit share words.
+    A lane reads what the lanes of its tokens and of its channels hold, at `at` and four lanes on. Column n of run k, of D / 16,
+    is channel ``(n % 2) D / 2 + (n / 4) D / 4 + HALF D / 8 + (n / 2 % 2) D / 16 + k``; two halves of one bit share words.
     """
-    N: tl.constexpr = D // 4
+    words = ()
     if BITS & 8:
-        words = _plane_columns(at, HALF, 8, 0, D)
+        words = words + _turned_plane(at, HALF, 8, D)
     if BITS & 4:
-        words = _plane_columns(at, HALF, 4, 0, D)
+        words = words + _turned_plane(at, HALF, 4, D)
     if BITS & 2:
-        twos = _plane_columns(at + (BITS & 4) * D * 8, HALF, 2, BITS & 4, D)
-        words = _united(words, twos, N) if BITS & 4 else twos
+        words = words + _turned_plane(at + (BITS & 4) * D * 8, HALF, 2, D)
     if BITS & 1:
-        ones = _plane_columns(at + (BITS & 6) * D * 8, HALF, 1, BITS & 6, D)
-        words = _united(words, ones, N) if BITS & 6 else ones
+        words = words + _turned_plane(at + (BITS & 6) * D * 8, HALF, 1, D)
+    return words
+
+
+@triton.jit
+def _columns(turned, k: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr):
+    """The codes of run k as B operands."""
+    words = ()
+    for i in tl.static_range(4):
+        if BITS == 8:
+            x = turned[i * K + k]
+        else:
+            x = 0
+            if BITS & 4:
+                x = _field(turned[i % 2 * K + k], i // 2 * 4, 4, 0)
+            if BITS & 2:
+                x = x | _field(turned[(BITS & 4) // 2 * K + k], 2 * i, 2, BITS & 4)
+            if BITS & 1:
+                x = x | _field(turned[((BITS & 4) // 2 + (BITS & 2) // 2) * K + k], 2 * i + HALF, 1, BITS & 6)
+        words = words + (x,)
     return words
 
 
 @triton.jit
 def _run(at, D: tl.constexpr):
-    """D / 16 neighbouring FP16 numbers."""
+    """D / 16 neighbouring FP16 numbers, two a word."""
     if D == 128:
-        x = _halves8(_load4(at))
+        x = _load4(at)
     else:
-        x = _quarters(at)
+        x = _load2(at)
     return x
 
 
@@ -217,15 +210,19 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantized(x, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr):
-    """Words of codes of N numbers a lane, a row each four lanes; their scale and zero are stored where `held`."""
-    scale, zero = _affine(_least(x, N, False), _least(x, N, True), (1 << BITS) - 1)
+def _quantized(x, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr):
+    """Words of codes of N numbers a lane, a row each four lanes; their scale and zero are stored where `held`.
+
+    unit: what a number of 1 stands for, a power of two.
+    """
+    scale, zero = _affine(_least(x, N, False) * unit, _least(x, N, True) * unit, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
-    inverse = 1.0 / step
-    low = zero.to(tl.float32)
+    inverse = 1.0 / step * unit
+    step = step * inverse_unit
+    low = zero.to(tl.float32) * inverse_unit
     s, y, z = (step, step, step, step), (inverse, inverse, inverse, inverse), (low, low, low, low)
     words = ()
     for i in tl.static_range(N // 4):
@@ -271,6 +268,8 @@ def _channel_kernel(
         a = a + _load4(base + i * 512 + lane * 16)
     facts = base + M * 1024
     share = _float_at(facts + UNIT + lane * 0)
+    inverse_share = _float_at(facts + UNIT + 4 + lane * 0)
+    none = tl.zeros((32,), tl.int32)
     ones = tl.full((32,), 0x01010101, tl.int32)
     many = (ones, ones, ones, ones, ones, ones, ones, ones)
     row_sums = ()
@@ -281,50 +280,47 @@ def _channel_kernel(
     upper = ()
     lower = ()
     for HALF in tl.static_range(2):
-        b = _columns(at, HALF, FROM_BITS, D)
-        s = ()
-        z = ()
-        for e in tl.static_range(2):
-            place = (unit * D + channel + e * (D // 2) + HALF * (D // 8)) * 2
-            s = s + _run(from_scale.to(tl.int64) + place, D)
-            if not SYMMETRIC:
-                z = z + _run(from_zero.to(tl.int64) + place, D)
+        turned = _turned_block(at, HALF, FROM_BITS, D)
+        place = (unit * D + channel + HALF * (D // 8)) * 2
+        scales = _run(from_scale.to(tl.int64) + place, D) + _run(from_scale.to(tl.int64) + place + D, D)
+        if not SYMMETRIC:
+            zeros = _run(from_zero.to(tl.int64) + place, D) + _run(from_zero.to(tl.int64) + place + D, D)
         means = ((), ())
         for pair in tl.static_range(K // 2):
-            sums = ()
-            mean = ()
-            for k in tl.static_range(2 * pair, 2 * pair + 2):
-                words = (b[4 * k], b[4 * k + 1], b[4 * k + 2], b[4 * k + 3])
-                n, low = _sums(a, words, SYMMETRIC, WIDE, NARROW)
-                if WIDE:
-                    count = _products(many, 0, words, 0x4B400000, SYMMETRIC)
-                elif NARROW:
-                    count = (low[2] + 0x4B400000, low[3] + 0x4B400000)
+            b0 = _columns(turned, 2 * pair, HALF, FROM_BITS, K)
+            b1 = _columns(turned, 2 * pair + 1, HALF, FROM_BITS, K)
+            n0 = _sums(a, b0, none, SYMMETRIC, WIDE, NARROW)
+            n1 = _sums(a, b1, none, SYMMETRIC, WIDE, NARROW)
+            if WIDE:
+                low0 = _products(many, 0, b0, (none, none, none, none), SYMMETRIC)
+                low1 = _products(many, 0, b1, (none, none, none, none), SYMMETRIC)
+            else:
+                low0 = n0
+                low1 = n1
+            columns = ()
+            for e in tl.static_range(2):
+                s = _halves(scales[e * (K // 2) + pair])
+                s0 = s[0] * (1.0 / 64)
+                s1 = s[1] * (1.0 / 64)
+                if SYMMETRIC:
+                    mean = _packed(low0[2 + e].to(tl.float32) * s0, low1[2 + e].to(tl.float32) * s1)
+                    m = _halves(mean)
+                    columns = columns + ((s0, s1, m[0] * -1.0, m[1] * -1.0),)
                 else:
-                    count = (low[2], low[3])
-                sums = sums + n
-                for e in tl.static_range(2):
-                    part = (count[e].to(tl.float32, bitcast=True) - WHOLE) * (1.0 / 64)
-                    if SYMMETRIC:
-                        mean = mean + (part * s[e * K + k],)
-                    else:
-                        mean = mean + (_fused(part, s[e * K + k], z[e * K + k]),)
-            w0 = _packed(mean[0], mean[2])
-            w1 = _packed(mean[1], mean[3])
-            means = (means[0] + (w0,), means[1] + (w1,))
-            m0 = _halves(w0)
-            m1 = _halves(w1)
+                    z = _halves(zeros[e * (K // 2) + pair])
+                    mean = _packed(_fused(low0[2 + e].to(tl.float32), s0, z[0]), _fused(low1[2 + e].to(tl.float32), s1, z[1]))
+                    m = _halves(mean)
+                    columns = columns + ((s0, s1, z[0] - m[0], z[1] - m[1]),)
+                if e == 0:
+                    means = (means[0] + (mean,), means[1])
+                else:
+                    means = (means[0], means[1] + (mean,))
             for k in tl.static_range(2):
-                for r in tl.static_range(ROWS):
-                    for e in tl.static_range(2):
-                        of = e * K + 2 * pair + k
-                        m = m0[k] if e == 0 else m1[k]
-                        off = m * -1.0 if SYMMETRIC else z[of] - m
-                        one = sums[k * (2 * ROWS) + 2 * r + e] * (s[of] * share) + off * row_sums[r]
-                        if r == 0:
-                            upper = upper + (one,)
-                        else:
-                            lower = lower + (one,)
+                for e in tl.static_range(2):
+                    n = n1 if k else n0
+                    upper = upper + (n[e] * columns[e][k] + columns[e][2 + k] * row_sums[0],)
+                    if WIDE:
+                        lower = lower + (n[2 + e] * columns[e][k] + columns[e][2 + k] * row_sums[1],)
         for e in tl.static_range(2):
             to = mean_ptr.to(tl.int64) + (unit * D + channel + e * (D // 2) + HALF * (D // 8)) * 2
             _put_run(to, means[e], g == 2 * HALF + e, K // 2)
@@ -340,8 +336,9 @@ def _channel_kernel(
                     numbers[8 * i + e], numbers[8 * i + 2 + e], numbers[8 * i + 4 + e], numbers[8 * i + 6 + e],
                 )  # fmt: skip
         codes = _quantized(
-            ordered, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & (row < R), 4 * K, BITS
-        )
+            ordered, share, inverse_share, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
+            (t == 0) & (row < R), 4 * K, BITS,
+        )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
         for HALF in tl.static_range(2):
             if D == 128:
@@ -357,14 +354,8 @@ def _scaled(base, lane, s, ROWS: tl.constexpr):
     limbs = ()
     for r in tl.static_range(ROWS):
         for w in tl.static_range(4):
-            x = _load4(base + (4 * r + w) * 512 + lane * 16)
-            # Tokens of word (w / 2, w % 2).
-            at: tl.constexpr = 4 * (w // 2) + 2 * (w % 2)
-            limbs = limbs + _limbs(
-                x[0].to(tl.float32, bitcast=True) * s[at], x[1].to(tl.float32, bitcast=True) * s[at + 1],
-                x[2].to(tl.float32, bitcast=True) * s[at + 8], x[3].to(tl.float32, bitcast=True) * s[at + 9],
-                12615808.0,
-            )  # fmt: skip
+            x = _as_floats(_load4(base + (4 * r + w) * 512 + lane * 16))
+            limbs = limbs + _limbs(x[0] * s[2 * w], x[1] * s[2 * w + 1], x[2] * s[2 * w + 8], x[3] * s[2 * w + 9], 12615808.0)
     return limbs
 
 
@@ -401,7 +392,8 @@ def _token_kernel(
         near = near + (s[i] * inverse,)
     base = weights_ptr.to(tl.int64)
     facts = base + ROWS * 2048
-    share = _float_at(facts + UNIT + lane * 0)
+    unit_of = power * _float_at(facts + UNIT + lane * 0)
+    inverse_unit = inverse * _float_at(facts + UNIT + 4 + lane * 0)
     row_sums = ()
     zeros = ()
     if not SYMMETRIC:
@@ -409,62 +401,56 @@ def _token_kernel(
         tokens = from_zero.to(tl.int64) + (unit * 64 + t * 16) * 2
         z = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
     for r in tl.static_range(ROWS):
-        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4),)
+        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4) * inverse,)
         zero = tl.zeros((32,), tl.float32)
         if not SYMMETRIC:
             for w in tl.static_range(4):
-                x = _load4(base + (4 * r + w) * 512 + lane * 16)
+                x = _as_floats(_load4(base + (4 * r + w) * 512 + lane * 16))
                 for c in tl.static_range(4):
-                    zero += x[c].to(tl.float32, bitcast=True) * z[4 * (w // 2) + 2 * (w % 2) + c // 2 * 8 + c % 2]
+                    zero += x[c] * z[2 * w + c // 2 * 8 + c % 2]
             zero += _xor(zero, 1)
             zero += _xor(zero, 2)
-        zeros = zeros + (zero * share,)
+        zeros = zeros + (zero * inverse,)
     limbs = _scaled(base, lane, near, ROWS)
     a = ()
     for m in tl.static_range(3 if WIDE else 2):
         for ks in tl.static_range(2):
             for i in tl.static_range(4):
                 # Word (ks, i / 2) of the upper half, i even, or of the lower; see :func:`_sums`.
-                w: tl.constexpr = 3 * (2 * ks + i // 2)
                 if WIDE:
-                    one = limbs[12 * (i % 2) + w + m]
-                    if m == 0:
-                        one = (one + 0x40404040) ^ -0x7F7F7F80
+                    one = limbs[12 * (i % 2) + 6 * ks + 3 * (i // 2) + m]
                 elif i % 2 == 0:
-                    one = limbs[w + 2 * m]
-                    if m == 0:
-                        one = (one + 0x40404040) ^ -0x7F7F7F80
+                    one = limbs[6 * ks + 3 * (i // 2) + 2 * m]
                 elif m == 0:
-                    one = limbs[w + 1]
+                    one = limbs[6 * ks + 3 * (i // 2) + 1]
                 else:
                     one = none
+                if m == 0 and (WIDE or i % 2 == 0):
+                    # High bytes are 64 to 127 above.
+                    one = (one + 0x40404040) ^ -0x7F7F7F80
                 a = a + (one,)
     # Scales alone: rows 0 to 3 their low bytes, 4 to 7 the middle ones, 8 to 15 the high ones.
     first = g < 4
     scales = ()
     for w in tl.static_range(4):
-        at: tl.constexpr = 4 * (w // 2) + 2 * (w % 2)
         high, middle, low = _limbs(
-            near[at] * 4194304.0, near[at + 1] * 4194304.0, near[at + 8] * 4194304.0, near[at + 9] * 4194304.0, 8421504.0
-        )
+            near[2 * w] * 4194304.0, near[2 * w + 1] * 4194304.0, near[2 * w + 8] * 4194304.0, near[2 * w + 9] * 4194304.0,
+            8421504.0,
+        )  # fmt: skip
         scales = scales + (tl.where(first, low, middle), high)
-    gain = power * share
     upper = ()
     lower = ()
     kept = ()
     for j in tl.static_range(D // 8):
-        LAST: tl.constexpr = j // 2 * 8 + 7
-        TO: tl.constexpr = _place(LAST, FROM_BITS, D)
         b = ()
         for w in tl.static_range(4):
-            b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, TO),)
-        sums, rest = _sums(a, b, SYMMETRIC, WIDE, False)
-        factor = gain * _unit(LAST, FROM_BITS, D)
+            b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, _place(j // 2 * 8 + 7, FROM_BITS, D)),)
+        sums = _sums(a, b, none, SYMMETRIC, WIDE, False)
         for e in tl.static_range(2):
-            upper = upper + (sums[e] * factor + zeros[0],)
+            upper = upper + (sums[e] * _unit(j // 2 * 8 + 7, FROM_BITS, D) + zeros[0],)
             if WIDE:
-                lower = lower + (sums[2 + e] * factor + zeros[1],)
-        count = _products(scales, 0, b, 0, SYMMETRIC)
+                lower = lower + (sums[2 + e] * _unit(j // 2 * 8 + 7, FROM_BITS, D) + zeros[1],)
+        count = _products(scales, 0, b, (none, none, none, none), SYMMETRIC)
         if j % 4 == 0:
             held = count
         else:
@@ -513,7 +499,7 @@ def _token_kernel(
         place = (unit * R + row) * 2
         held = row < R
         codes = _quantized(
-            lower_rest if r else upper_rest, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
+            lower_rest if r else upper_rest, unit_of, inverse_unit, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
             (t == 0) & held, D // 4, BITS,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + 2 * t

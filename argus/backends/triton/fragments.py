@@ -86,7 +86,8 @@ def weights(matrix: Tensor, tokens: bool, bits: int) -> Tensor:
             upper = torch.stack([high[0], middle[0]])
             operands = torch.stack([upper, torch.stack([low[0], torch.ones_like(low[0])])])
         shown = operands.permute(0, 5, 2, 3, 6, 1, 4, 7).to(torch.int8)  # operand, s, g, t, h, row half, c / 2, c % 2
-    facts = torch.cat([w.sum(1), 1 / factor.view(1)]).float()
+    unit = (1 if tokens else PAGE) / factor.view(1)
+    facts = torch.cat([w.sum(1) / unit, unit, 1 / unit]).float()
     return torch.cat([shown.flatten().contiguous().view(torch.int32), facts.view(torch.int32)])
 
 
