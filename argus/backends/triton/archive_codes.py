@@ -90,26 +90,27 @@ def _products(a, M: tl.constexpr, b, c, SIGNED: tl.constexpr):
 def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr):
     """A lane's sums for 8 channels: rows g (and g + 8, WIDE), columns 2 t and 2 t + 1; last, what rows of ones gave, unless WIDE.
 
-    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: whole sums are an int32.
+    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: then whole sums are an int32.
     """
     empty = (none, none, none, none)
     if WIDE:
         c = _products(a, 0, b, empty, SIGNED)
         c = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
-        start = (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8)
     else:
         c = _products(a, 0, b, empty, SIGNED)
-        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3], none, none)
-        start = (c[0] << 8, c[1] << 8, none, none)
-    if NARROW:
-        low = _products(a, 2 if WIDE else 1, b, start, SIGNED)
+        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3])
+    if WIDE and NARROW:
+        low = _products(a, 2, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
     else:
         low = _products(a, 2 if WIDE else 1, b, empty, SIGNED)
     sums = ()
     for i in tl.static_range(4 if WIDE else 2):
-        one = low[i].to(tl.float32)
-        if not NARROW:
-            one += c[i].to(tl.float32) * 256.0
+        if NARROW and WIDE:
+            one = low[i].to(tl.float32)
+        elif NARROW:
+            one = ((c[i] << 8) + low[i]).to(tl.float32)
+        else:
+            one = low[i].to(tl.float32) + c[i].to(tl.float32) * 256.0
         sums = sums + (one,)
     return sums + (low[2], low[3])
 
@@ -411,6 +412,17 @@ def _token_kernel(
             zero += _xor(zero, 1)
             zero += _xor(zero, 2)
         zeros = zeros + (zero * inverse,)
+    # Of scales alone, rows 0 to 3 their low bytes, 4 to 7 the middle ones, 8 to 15 the high ones.
+    first = g < 4
+    scales = ()
+    others = ()
+    for w in tl.static_range(4):
+        high, middle, low = _limbs(
+            near[2 * w] * 4194304.0, near[2 * w + 1] * 4194304.0, near[2 * w + 8] * 4194304.0, near[2 * w + 9] * 4194304.0,
+            8421504.0,
+        )  # fmt: skip
+        scales = scales + (tl.where(first, low, middle), high)
+        others = others + (middle,)
     limbs = _scaled(base, lane, near, ROWS)
     a = ()
     for m in tl.static_range(3 if WIDE else 2):
@@ -424,20 +436,12 @@ def _token_kernel(
                 elif m == 0:
                     one = limbs[6 * ks + 3 * (i // 2) + 1]
                 else:
-                    one = none
+                    # No one asks for these rows; a register of their own spares copies.
+                    one = others[2 * ks + i // 2]
                 if m == 0 and (WIDE or i % 2 == 0):
                     # High bytes are 64 to 127 above.
                     one = (one + 0x40404040) ^ -0x7F7F7F80
                 a = a + (one,)
-    # Scales alone: rows 0 to 3 their low bytes, 4 to 7 the middle ones, 8 to 15 the high ones.
-    first = g < 4
-    scales = ()
-    for w in tl.static_range(4):
-        high, middle, low = _limbs(
-            near[2 * w] * 4194304.0, near[2 * w + 1] * 4194304.0, near[2 * w + 8] * 4194304.0, near[2 * w + 9] * 4194304.0,
-            8421504.0,
-        )  # fmt: skip
-        scales = scales + (tl.where(first, low, middle), high)
     upper = ()
     lower = ()
     kept = ()
