@@ -43,17 +43,17 @@ def _project_kernel(
 
 @triton.jit
 def _planar_plane(
-    codes, out, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, R: tl.constexpr,
+    codes, out, rows, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Store one plane of codes ``[R, D]``, as :func:`argus.backends.cpu.pack` packs them."""
+    """Store `rows` rows of one plane of codes ``[R, D]``, as :func:`argus.backends.cpu.pack` packs them."""
     F: tl.constexpr = 8 // BITS
     W: tl.constexpr = D // F
     low = (codes >> SHIFT) & ((1 << BITS) - 1)
     if F > 1:
         low = _bytes_of(low, R, W, F, BITS)
-    at = tl.arange(0, R)[:, None] * (D * TOTAL // 8) + START + tl.arange(0, W)[None, :]
-    tl.store(out + at, low.to(tl.uint8))
+    row = tl.arange(0, R)[:, None]
+    tl.store(out + row * (D * TOTAL // 8) + START + tl.arange(0, W)[None, :], low.to(tl.uint8), mask=row < rows)
 
 
 @triton.jit
@@ -73,11 +73,11 @@ def _bytes_of(x, R: tl.constexpr, W: tl.constexpr, F: tl.constexpr, BITS: tl.con
 @triton.jit
 def _archive_kernel(
     x_ptr, from_scale, from_zero, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
-    P: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
     CODES: tl.constexpr, FROM_BITS: tl.constexpr, FROM_TOKENS: tl.constexpr, FROM_G: tl.constexpr, FROM_SYMMETRIC: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Archive one page of one head; KIND 0: plain coefficients, 1: affine, 2: symmetric."""
+    """Archive one page of one head; KIND 0: plain coefficients, 1: affine, 2: symmetric. R: ROWS, or 16 if they are fewer."""
     page = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, P)[:, None]
     channel = tl.arange(0, D)[None, :]
@@ -98,23 +98,26 @@ def _archive_kernel(
     tl.store(mean_ptr + page * D + tl.arange(0, D), mean)
     rest = x - mean.to(tl.float32)[None, :]
     row = tl.arange(0, R)
-    w = tl.load(matrix_ptr + row[:, None] * P + tl.arange(0, P)[None, :])
+    w = tl.load(matrix_ptr + row[:, None] * P + tl.arange(0, P)[None, :], mask=(row < ROWS)[:, None], other=0.0)
     c = tl.dot(w, rest, input_precision=PRECISION)
     if KIND == 0:
-        tl.store(codes_ptr + page * R * D + row[:, None] * D + channel, c)
+        tl.store(codes_ptr + page * ROWS * D + row[:, None] * D + channel, c, mask=(row < ROWS)[:, None])
     else:
         if TOKENS:
             AXIS: tl.constexpr = 2
             A: tl.constexpr = R
+            HELD: tl.constexpr = ROWS
             B: tl.constexpr = D // G
             parts = tl.reshape(c, (R, B, G))
         else:
             AXIS: tl.constexpr = 1
             A: tl.constexpr = R // G
+            HELD: tl.constexpr = ROWS // G
             B: tl.constexpr = D
             parts = tl.reshape(c, (A, G, D))
         TOP: tl.constexpr = (1 << BITS) - 1
-        to = page * A * B + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
+        group = tl.arange(0, A)[:, None]
+        to = page * HELD * B + group * B + tl.arange(0, B)[None, :]
         if KIND == 2:
             HALF: tl.constexpr = TOP >> 1
             largest = tl.max(tl.abs(parts), AXIS)
@@ -124,19 +127,19 @@ def _archive_kernel(
             code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
         else:
             scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
-            tl.store(zero_ptr + to, zero)
+            tl.store(zero_ptr + to, zero, mask=group < HELD)
             code = _code(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), TOP)
-        tl.store(scale_ptr + to, scale)
+        tl.store(scale_ptr + to, scale, mask=group < HELD)
         code = tl.reshape(code, (R, D))
-        out = codes_ptr + page * (R * D * BITS // 8)
+        out = codes_ptr + page * (ROWS * D * BITS // 8)
         if BITS & 8:
-            _planar_plane(code, out, 0, 0, 8, BITS, R, D)
+            _planar_plane(code, out, ROWS, 0, 0, 8, BITS, R, D)
         if BITS & 4:
-            _planar_plane(code, out, 0, 0, 4, BITS, R, D)
+            _planar_plane(code, out, ROWS, 0, 0, 4, BITS, R, D)
         if BITS & 2:
-            _planar_plane(code, out, (BITS & 4) * D // 8, BITS & 4, 2, BITS, R, D)
+            _planar_plane(code, out, ROWS, (BITS & 4) * D // 8, BITS & 4, 2, BITS, R, D)
         if BITS & 1:
-            _planar_plane(code, out, (BITS & 6) * D // 8, BITS & 6, 1, BITS, R, D)
+            _planar_plane(code, out, ROWS, (BITS & 6) * D // 8, BITS & 6, 1, BITS, R, D)
 
 
 def archive(payload: Payload, source: Affine | Plain, form: Projected, kept: Weights) -> Payload | None:
@@ -167,7 +170,7 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected, kept: Wei
     affine = isinstance(inner, Affine) and not inner.centred
     if not (affine or isinstance(inner, Plain)) or page * dim > 64 * 256:
         return None
-    if not _whole(page, dim, rows) or rows < 16 or page < 16 or dim < 16 or layout.in_fragments(rows, dim):
+    if not _whole(page, dim, rows) or rows < 1 or page < 16 or dim < 16 or layout.in_fragments(rows, dim):
         return None
     if coded and not layout.in_fragments(page, dim):
         return None
@@ -203,7 +206,7 @@ def archive(payload: Payload, source: Affine | Plain, form: Projected, kept: Wei
         out = kept["codes"].view(torch.uint8) if affine else kept["codes"]
         _archive_kernel[(mean.numel() // dim,)](
             x, scale, zero, matrix, mean, out, kept.get("scale", mean), kept.get("zero", mean),
-            page, dim, rows, *reading, *writing, PRECISION, num_warps=max(WARPS, tuning.codec_warps(page * dim)),
+            page, dim, rows, max(16, rows), *reading, *writing, PRECISION, num_warps=max(WARPS, tuning.codec_warps(page * dim)),
         )  # fmt: skip
     return {"mean": mean} | {PREFIX + name: tensor for name, tensor in kept.items()}
 
