@@ -15,14 +15,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Projected
 from argus.backends.triton import convert, tuning
 from argus.backends.triton.codec import _affine, shape_of
-from argus.backends.triton.codes import _field, _load_block, _place, _quarters, _unit, _word
-from argus.backends.triton.fragments import PAGE, SMALL, Weights
-from argus.backends.triton.lanes import _halves, _halves8, _load1, _load2, _load4, _mma, _mma_right, _xor
+from argus.backends.triton.codes import _field, _load_block, _place, _word
+from argus.backends.triton.fragments import FEW, PAGE, SMALL, Weights
+from argus.backends.triton.lanes import _bytes, _halves, _halves8, _load1, _load2, _load4, _mma, _mma_right, _xor
 from argus.backends.triton.recode import _as_floats
 from argus.backends.triton.words import _lane_word, _put16, _put_some1, _put_some2, _put_some4, _rounded
 
@@ -87,10 +86,11 @@ def _products(a, M: tl.constexpr, b, c, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr):
-    """A lane's sums for 8 channels: rows g (and g + 8, WIDE), columns 2 t and 2 t + 1; last, what rows of ones gave, unless WIDE.
+def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, COUNTED: tl.constexpr):
+    """A lane's sums for 8 channels: rows g (WIDE: and g + 8), columns 2 t and 2 t + 1; last those of rows of ones, if COUNTED.
 
-    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: then whole sums are an int32.
+    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: then whole sums are an int32. (They could be
+    added after, but then sums of many columns are held at a time.)
     """
     empty = (none, none, none, none)
     if WIDE:
@@ -98,14 +98,16 @@ def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.const
         c = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
     else:
         c = _products(a, 0, b, empty, SIGNED)
-        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3])
-    if WIDE and NARROW:
+        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3], c[2], c[3])
+    if NARROW and not WIDE and not COUNTED:
+        low = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2], c[3]), SIGNED)
+    elif WIDE and NARROW:
         low = _products(a, 2, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
     else:
         low = _products(a, 2 if WIDE else 1, b, empty, SIGNED)
     sums = ()
     for i in tl.static_range(4 if WIDE else 2):
-        if NARROW and WIDE:
+        if NARROW and (WIDE or not COUNTED):
             one = low[i].to(tl.float32)
         elif NARROW:
             one = ((c[i] << 8) + low[i]).to(tl.float32)
@@ -245,7 +247,8 @@ def _put_run(at, w, held, N: tl.constexpr):
 @triton.jit
 def _channel_kernel(
     from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
-    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """Archive a page of one head whose scales are channels'.
 
@@ -290,8 +293,8 @@ def _channel_kernel(
         for pair in tl.static_range(K // 2):
             b0 = _columns(turned, 2 * pair, HALF, FROM_BITS, K)
             b1 = _columns(turned, 2 * pair + 1, HALF, FROM_BITS, K)
-            n0 = _sums(a, b0, none, SYMMETRIC, WIDE, NARROW)
-            n1 = _sums(a, b1, none, SYMMETRIC, WIDE, NARROW)
+            n0 = _sums(a, b0, none, SYMMETRIC, WIDE, NARROW, not WIDE)
+            n1 = _sums(a, b1, none, SYMMETRIC, WIDE, NARROW, not WIDE)
             if WIDE:
                 low0 = _products(many, 0, b0, (none, none, none, none), SYMMETRIC)
                 low1 = _products(many, 0, b1, (none, none, none, none), SYMMETRIC)
@@ -360,12 +363,25 @@ def _scaled(base, lane, s, ROWS: tl.constexpr):
     return limbs
 
 
+@triton.constexpr_function
+def _tile_place(tile, narrow, bits, dim):
+    """The bit at which codes of 8 channels lie in their bytes when they are multiplied: 0, or where most of them lie anyway."""
+    return 0 if narrow else _place(tile // 2 * 8 + 7, bits, dim)
+
+
+@triton.constexpr_function
+def _tile_unit(tile, narrow, bits, dim):
+    """One over what that bit stands for."""
+    return 2.0 ** -_tile_place(tile, narrow, bits, dim)
+
+
 @triton.jit
 def _token_kernel(
     from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
-    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NARROW: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
-    """Archive a page of one head whose scales are tokens'.
+    """Archive a page of one head whose scales are tokens'. NARROW: of at most 3 bits.
 
     Means are ``(sum(scale * code) + sum(zero)) / 64`` in float64, whose first sum is an exact one of integers: scales are 22
     bits of the power of two above the largest, which is all that they have unless they are 2^12 times smaller. Lanes take
@@ -448,12 +464,12 @@ def _token_kernel(
     for j in tl.static_range(D // 8):
         b = ()
         for w in tl.static_range(4):
-            b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, _place(j // 2 * 8 + 7, FROM_BITS, D)),)
-        sums = _sums(a, b, none, SYMMETRIC, WIDE, False)
+            b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, _tile_place(j, NARROW, FROM_BITS, D)),)
+        sums = _sums(a, b, none, SYMMETRIC, WIDE, NARROW, False)
         for e in tl.static_range(2):
-            upper = upper + (sums[e] * _unit(j // 2 * 8 + 7, FROM_BITS, D) + zeros[0],)
+            upper = upper + (sums[e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[0],)
             if WIDE:
-                lower = lower + (sums[2 + e] * _unit(j // 2 * 8 + 7, FROM_BITS, D) + zeros[1],)
+                lower = lower + (sums[2 + e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[1],)
         count = _products(scales, 0, b, (none, none, none, none), SYMMETRIC)
         if j % 4 == 0:
             held = count
@@ -469,11 +485,11 @@ def _token_kernel(
     for k in tl.static_range(SETS):
         two = ()
         # Lanes with g < 4 keep the channels of 4 k and on, the others those of 4 SETS more, and give what they know of theirs.
-        third = k * 2 + g // 4 * (2 * SETS) + g // 2 % 2
-        place = _unit(8 * (k * 2) + 7, FROM_BITS, D) + tl.zeros((32,), tl.float32)
-        for i in tl.static_range(1, D // 16):
-            place = tl.where(third == i, _unit(8 * i + 7, FROM_BITS, D), place)
-        times = (power * (1.0 / (4194304.0 * 64))) * place
+        times = power * (1.0 / (4194304.0 * 64)) + tl.zeros((32,), tl.float32)
+        if not NARROW:
+            pair = k * 2 + g // 4 * (2 * SETS) + g // 2 % 2
+            for i in tl.static_range(D // 16):
+                times = tl.where(pair == i, times * _tile_unit(2 * i, False, FROM_BITS, D), times)
         for e in tl.static_range(2):
             here, there = kept[4 * k + e], kept[4 * (k + SETS) + e]
             mine = tl.where(first, here, there)
@@ -490,6 +506,8 @@ def _token_kernel(
         means = means + (mean,)
         tile = 4 * k + g // 4 * (4 * SETS) + g % 4
         _put_some1(mean_ptr.to(tl.int64) + (unit * D + tile * 8 + 2 * t) * 2, mean, g >= 0)
+    odd = t % 2
+    join = tl.where(odd == 0, 0x5410, 0x3276)
     upper_rest = ()
     lower_rest = ()
     for j in tl.static_range(D // 8):
@@ -503,14 +521,14 @@ def _token_kernel(
         place = (unit * R + row) * 2
         held = row < R
         codes = _quantized(
-            lower_rest if r else upper_rest, unit_of, inverse_unit, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
-            (t == 0) & held, D // 4, BITS,
+            lower_rest if r else upper_rest, unit_of, inverse_unit,
+            scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & held, D // 4, BITS,
         )  # fmt: skip
-        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + 2 * t
+        # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
+        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * 8
         for i in tl.static_range(D // 32):
             two = codes[i] | (codes[i + D // 32] << 4)
-            _put16(to + 16 * i, two, held)
-            _put16(to + 16 * i + 8, two >> 16, held)
+            _put_some1(to + 16 * i, _bytes(two, _swapped(two, 1), join), held)
 
 
 def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weights) -> Payload | None:
@@ -549,9 +567,10 @@ def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weigh
         tokens = source.axis == "token"
         kernel = _token_kernel if tokens else _channel_kernel
         laid = kept.of(form, codes, tokens, source.bits)
+        narrow = source.bits <= (FEW if tokens else SMALL)
         kernel[(head.numel(),)](
             codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
-            dim, rows, source.bits, source.symmetric, source.bits <= SMALL, inner.bits,
-            num_warps=1, maxnreg=tuning.CODEC_REGISTERS,
+            dim, rows, source.bits, source.symmetric, narrow, inner.bits,
+            num_warps=1, maxnreg=tuning.archive_registers(rows),
         )  # fmt: skip
     return made

@@ -10,8 +10,8 @@ from argus.backends.forms import Projected
 PAGE = 64
 TALL = 8
 """Rows up to which an operand of :func:`weights` holds two bytes of each number, in its upper and its lower half."""
-SMALL = 4
-"""Bits of codes up to which :func:`weights` are small enough for whole sums in int32, where they are complete."""
+SMALL, FEW = 4, 3
+"""Bits of codes up to which :func:`weights`, as they are or times scales of tokens, are small enough for sums in int32."""
 
 
 def fragments(matrix: Tensor, factor: float, back: bool) -> Tensor:
@@ -61,9 +61,10 @@ def weights(matrix: Tensor, tokens: bool, bits: int) -> Tensor:
     Returns
     -------
     Tensor
-        int32. Axis ``channel``: operands ``[operand, s, lane, word]`` of signed bytes of ``w`` in fixed point: of rows ``g`` and
-        ``g + 8`` in turn the high, the middle and the low ones, or of up to 8 rows the high and middle ones, then the low ones
-        and ones. Axis ``token``: float32 ``[row half, s, h, lane, byte]``. Then 16 sums of rows and what the unit stands for.
+        int32. Axis ``channel``: operands ``[operand, s, lane, word]`` of signed bytes of ``w`` in fixed point, rows ``g`` and
+        ``g + 8`` in turn: high, middle and low bytes; or, of up to 8 rows, high and middle ones, then low ones and ones. Axis
+        ``token``: float32 ``[row half, s, h, lane, byte]``. Then float32 sums of 16 rows in their unit, what this stands for
+        (for axis ``channel`` 64 times), and one over that.
     """
     rows, device, top = len(matrix), matrix.device, (1 << bits) - 1
     wide = rows > TALL

@@ -27,6 +27,11 @@ CODEC_REGISTERS = 168
 """Registers that a lane of the codec's one-warp kernels may take."""
 
 
+def archive_registers(rows: int) -> int:
+    """Registers that a lane may take that archives codes in so many rows: up to 8, it holds one row, else two."""
+    return 128 if rows <= 8 else CODEC_REGISTERS
+
+
 def codec_warps(numbers: int) -> int:
     """Warps of a program that holds so many numbers in registers."""
     return max(1, min(16, numbers // 2048))
