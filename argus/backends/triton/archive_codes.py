@@ -118,6 +118,28 @@ def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.const
 
 
 @triton.jit
+def _shared_sums(a, b, other, none, first, SIGNED: tl.constexpr, NARROW: tl.constexpr):
+    """:func:`_sums` of up to 4 rows: for one of two times 8 channels, `first` tells which; last those of rows of ones.
+
+    The operand's rows are high, low, and middle bytes, and ones, four of each, so two lanes hold what a sum takes.
+    """
+    c = _products(a, 0, b, (none, none, none, none), SIGNED)
+    d = _products(a, 0, other, (none, none, none, none), SIGNED)
+    sums = ()
+    counts = ()
+    for e in tl.static_range(2):
+        got = _swapped(tl.where(first, (d[e] << 8) + d[2 + e], c[e]), 16)
+        top = tl.where(first, (c[e] << 8) + c[2 + e], got)
+        low = tl.where(first, got, d[e])
+        if NARROW:
+            sums = sums + (((top << 8) + low).to(tl.float32),)
+        else:
+            sums = sums + (top.to(tl.float32) * 256.0 + low.to(tl.float32),)
+        counts = counts + (tl.where(first, _swapped(c[2 + e], 16), d[2 + e]),)
+    return sums + counts
+
+
+@triton.jit
 def _turned_plane(at, HALF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
     """One plane of :func:`_turned_block`: D / 16 words, of each 2, 4 or 8 bits of a code as many times that."""
     NS: tl.constexpr = D // 32
@@ -192,8 +214,8 @@ def _float_at(at):
 
 
 @triton.jit
-def _least(x, N: tl.constexpr, LARGEST: tl.constexpr):
-    """The smallest, or largest, of N numbers of each of the four lanes of a row; N a power of two."""
+def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
+    """The smallest, or largest, of N numbers of each of the four lanes of a row, SHORT: of eight; N a power of two."""
     for level in tl.static_range(6):
         if (N >> level) > 1:
             y = ()
@@ -203,22 +225,25 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr):
                 else:
                     y = y + (tl.minimum(x[2 * i], x[2 * i + 1]),)
             x = y
-    if LARGEST:
-        z = tl.maximum(x[0], _xor(x[0], 1))
-        z = tl.maximum(z, _xor(z, 2))
-    else:
-        z = tl.minimum(x[0], _xor(x[0], 1))
-        z = tl.minimum(z, _xor(z, 2))
+    z = x[0]
+    for i in tl.static_range(3 if SHORT else 2):
+        other = _xor(z, 16 if i == 2 else 1 << i)
+        if LARGEST:
+            z = tl.maximum(z, other)
+        else:
+            z = tl.minimum(z, other)
     return z
 
 
 @triton.jit
-def _quantized(x, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr):
-    """Words of codes of N numbers a lane, a row each four lanes; their scale and zero are stored where `held`.
+def _quantized(
+    x, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    """Words of codes of N numbers a lane, a row each four lanes or eight; their scale and zero are stored where `held`.
 
     unit: what a number of 1 stands for, a power of two.
     """
-    scale, zero = _affine(_least(x, N, False) * unit, _least(x, N, True) * unit, (1 << BITS) - 1)
+    scale, zero = _affine(_least(x, N, False, SHORT) * unit, _least(x, N, True, SHORT) * unit, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
     step = scale.to(tl.float32)
@@ -261,8 +286,11 @@ def _channel_kernel(
     t = lane % 4
     WIDE: tl.constexpr = R > 8
     ROWS: tl.constexpr = 2 if WIDE else 1
-    M: tl.constexpr = 3 if WIDE else 2
+    # Of up to 4 rows, lanes 16 apart share a row, and each takes one half of the channels.
+    SHORT: tl.constexpr = R <= 4
+    M: tl.constexpr = 3 if WIDE else 1 if SHORT else 2
     K: tl.constexpr = D // 16
+    first = g < 4
     # Channels of column g, which it reads: `codes.py` lays those of quarter t in lanes t.
     quarter = g % 2 * 2 + g // 4
     at = from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS) + (8 * t + quarter) * 16 + g // 2 % 2 * (512 if D == 128 else 8)
@@ -278,14 +306,18 @@ def _channel_kernel(
     many = (ones, ones, ones, ones, ones, ones, ones, ones)
     row_sums = ()
     for r in tl.static_range(ROWS):
-        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4),)
+        row_sums = row_sums + (_float_at(facts + (g % (4 if SHORT else 8) + 8 * r) * 4),)
     # Channels of columns 2 t and, D / 2 further, 2 t + 1.
     channel = t // 2 * (D // 4) + t % 2 * (D // 16)
     upper = ()
     lower = ()
-    for HALF in tl.static_range(2):
+    for HALF in tl.static_range(1 if SHORT else 2):
         turned = _turned_block(at, HALF, FROM_BITS, D)
-        place = (unit * D + channel + HALF * (D // 8)) * 2
+        if SHORT:
+            further = _turned_block(at, 1, FROM_BITS, D)
+            place = (unit * D + channel + g // 4 * (D // 8)) * 2
+        else:
+            place = (unit * D + channel + HALF * (D // 8)) * 2
         scales = _run(from_scale.to(tl.int64) + place, D) + _run(from_scale.to(tl.int64) + place + D, D)
         if not SYMMETRIC:
             zeros = _run(from_zero.to(tl.int64) + place, D) + _run(from_zero.to(tl.int64) + place + D, D)
@@ -293,8 +325,14 @@ def _channel_kernel(
         for pair in tl.static_range(K // 2):
             b0 = _columns(turned, 2 * pair, HALF, FROM_BITS, K)
             b1 = _columns(turned, 2 * pair + 1, HALF, FROM_BITS, K)
-            n0 = _sums(a, b0, none, SYMMETRIC, WIDE, NARROW, not WIDE)
-            n1 = _sums(a, b1, none, SYMMETRIC, WIDE, NARROW, not WIDE)
+            if SHORT:
+                d0 = _columns(further, 2 * pair, 1, FROM_BITS, K)
+                d1 = _columns(further, 2 * pair + 1, 1, FROM_BITS, K)
+                n0 = _shared_sums(a, b0, d0, none, first, SYMMETRIC, NARROW)
+                n1 = _shared_sums(a, b1, d1, none, first, SYMMETRIC, NARROW)
+            else:
+                n0 = _sums(a, b0, none, SYMMETRIC, WIDE, NARROW, not WIDE)
+                n1 = _sums(a, b1, none, SYMMETRIC, WIDE, NARROW, not WIDE)
             if WIDE:
                 low0 = _products(many, 0, b0, (none, none, none, none), SYMMETRIC)
                 low1 = _products(many, 0, b1, (none, none, none, none), SYMMETRIC)
@@ -326,25 +364,27 @@ def _channel_kernel(
                     if WIDE:
                         lower = lower + (n[2 + e] * columns[e][k] + columns[e][2 + k] * row_sums[1],)
         for e in tl.static_range(2):
-            to = mean_ptr.to(tl.int64) + (unit * D + channel + e * (D // 2) + HALF * (D // 8)) * 2
-            _put_run(to, means[e], g == 2 * HALF + e, K // 2)
+            to = mean_ptr.to(tl.int64) + place + e * D
+            _put_run(to, means[e], (g % 4 if SHORT else g) == 2 * HALF + e, K // 2)
     for r in tl.static_range(ROWS):
-        row = g + 8 * r
+        row = g % (4 if SHORT else 8) + 8 * r
         place = (unit * R + row) * 2
         numbers = lower if r else upper
         # Numbers are [half, run, column]: four of a column make a word.
         ordered = ()
-        for i in tl.static_range(K // 2):
+        for i in tl.static_range(K // 4 if SHORT else K // 2):
             for e in tl.static_range(2):
                 ordered = ordered + (
                     numbers[8 * i + e], numbers[8 * i + 2 + e], numbers[8 * i + 4 + e], numbers[8 * i + 6 + e],
                 )  # fmt: skip
         codes = _quantized(
             ordered, share, inverse_share, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
-            (t == 0) & (row < R), 4 * K, BITS,
+            (t == 0) & (row < R), 2 * K if SHORT else 4 * K, BITS, SHORT,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
-        for HALF in tl.static_range(2):
+        if SHORT:
+            to += g // 4 * (D // 8)
+        for HALF in tl.static_range(1 if SHORT else 2):
             if D == 128:
                 two = (codes[4 * HALF] | (codes[4 * HALF + 1] << 4), codes[4 * HALF + 2] | (codes[4 * HALF + 3] << 4))
             else:
@@ -393,6 +433,8 @@ def _token_kernel(
     t = lane % 4
     WIDE: tl.constexpr = R > 8
     ROWS: tl.constexpr = 2 if WIDE else 1
+    # Of up to 4 rows, lanes 16 apart share a row, and each takes every other 8 channels.
+    SHORT: tl.constexpr = R <= 4
     SETS: tl.constexpr = D // 64
     none = tl.zeros((32,), tl.int32)
     words = _load_block(from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS), lane, FROM_BITS, D)
@@ -418,7 +460,7 @@ def _token_kernel(
         tokens = from_zero.to(tl.int64) + (unit * 64 + t * 16) * 2
         z = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
     for r in tl.static_range(ROWS):
-        row_sums = row_sums + (_float_at(facts + (g + 8 * r) * 4) * inverse,)
+        row_sums = row_sums + (_float_at(facts + (g % (4 if SHORT else 8) + 8 * r) * 4) * inverse,)
         zero = tl.zeros((32,), tl.float32)
         if not SYMMETRIC:
             for w in tl.static_range(4):
@@ -441,10 +483,10 @@ def _token_kernel(
         others = others + (middle,)
     limbs = _scaled(base, lane, near, ROWS)
     a = ()
-    for m in tl.static_range(3 if WIDE else 2):
+    for m in tl.static_range(3 if WIDE else 1 if SHORT else 2):
         for ks in tl.static_range(2):
             for i in tl.static_range(4):
-                # Word (ks, i / 2) of the upper half, i even, or of the lower; see :func:`_sums`.
+                # Word (ks, i / 2) of the upper half, i even, or of the lower; see :func:`_sums` and :func:`_shared_sums`.
                 if WIDE:
                     one = limbs[12 * (i % 2) + 6 * ks + 3 * (i // 2) + m]
                 elif i % 2 == 0:
@@ -457,6 +499,8 @@ def _token_kernel(
                 if m == 0 and (WIDE or i % 2 == 0):
                     # High bytes are 64 to 127 above.
                     one = (one + 0x40404040) ^ -0x7F7F7F80
+                if SHORT and i % 2 == 0:
+                    one = tl.where(first, one, limbs[6 * ks + 3 * (i // 2) + 2])
                 a = a + (one,)
     upper = ()
     lower = ()
@@ -465,11 +509,16 @@ def _token_kernel(
         b = ()
         for w in tl.static_range(4):
             b = b + (_word(words, j // 2 * 8 + 2 * w + j % 2, FROM_BITS, D, _tile_place(j, NARROW, FROM_BITS, D)),)
-        sums = _sums(a, b, none, SYMMETRIC, WIDE, NARROW, False)
-        for e in tl.static_range(2):
-            upper = upper + (sums[e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[0],)
-            if WIDE:
-                lower = lower + (sums[2 + e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[1],)
+        if not SHORT:
+            sums = _sums(a, b, none, SYMMETRIC, WIDE, NARROW, False)
+        elif j % 2:
+            sums = _shared_sums(a, before, b, none, first, SYMMETRIC, NARROW)
+        before = b
+        if j % 2 or not SHORT:
+            for e in tl.static_range(2):
+                upper = upper + (sums[e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[0],)
+                if WIDE:
+                    lower = lower + (sums[2 + e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[1],)
         count = _products(scales, 0, b, (none, none, none, none), SYMMETRIC)
         if j % 4 == 0:
             held = count
@@ -510,25 +559,31 @@ def _token_kernel(
     join = tl.where(odd == 0, 0x5410, 0x3276)
     upper_rest = ()
     lower_rest = ()
-    for j in tl.static_range(D // 8):
-        m = _halves(_lane_word(means[j // 4 % SETS], t + (j % 4 * 4 + j // (4 * SETS) * 16)))
+    PER: tl.constexpr = 2 if SHORT else 1
+    own = t
+    if SHORT:
+        own = t + g // 4 * 4
+    for j in tl.static_range(0, D // 8, PER):
+        m = _halves(_lane_word(means[j // 4 % SETS], own + (j % 4 * 4 + j // (4 * SETS) * 16)))
         for e in tl.static_range(2):
-            upper_rest = upper_rest + (upper[2 * j + e] - m[e] * row_sums[0],)
+            upper_rest = upper_rest + (upper[2 * j // PER + e] - m[e] * row_sums[0],)
             if WIDE:
                 lower_rest = lower_rest + (lower[2 * j + e] - m[e] * row_sums[1],)
     for r in tl.static_range(ROWS):
-        row = g + 8 * r
+        row = g % (4 if SHORT else 8) + 8 * r
         place = (unit * R + row) * 2
         held = row < R
         codes = _quantized(
             lower_rest if r else upper_rest, unit_of, inverse_unit,
-            scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & held, D // 4, BITS,
+            scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & held, D // 4 // PER, BITS, SHORT,
         )  # fmt: skip
         # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
-        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * 8
-        for i in tl.static_range(D // 32):
-            two = codes[i] | (codes[i + D // 32] << 4)
-            _put_some1(to + 16 * i, _bytes(two, _swapped(two, 1), join), held)
+        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * (8 * PER)
+        if SHORT:
+            to += g // 4 * 8
+        for i in tl.static_range(D // 32 // PER):
+            two = codes[i] | (codes[i + D // 32 // PER] << 4)
+            _put_some1(to + 16 * PER * i, _bytes(two, _swapped(two, 1), join), held)
 
 
 def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weights) -> Payload | None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from argus.backends.forms import Projected
 
 PAGE = 64
-TALL = 8
-"""Rows up to which an operand of :func:`weights` holds two bytes of each number, in its upper and its lower half."""
+SHORT, TALL = 4, 8
+"""Rows up to which an operand of :func:`weights` holds all bytes of each number, and up to which it holds two."""
 SMALL, FEW = 4, 3
 """Bits of codes up to which :func:`weights`, as they are or times scales of tokens, are small enough for sums in int32."""
 
@@ -62,8 +62,9 @@ def weights(matrix: Tensor, tokens: bool, bits: int) -> Tensor:
     -------
     Tensor
         int32. Axis ``channel``: operands ``[operand, s, lane, word]`` of signed bytes of ``w`` in fixed point, rows ``g`` and
-        ``g + 8`` in turn: high, middle and low bytes; or, of up to 8 rows, high and middle ones, then low ones and ones. Axis
-        ``token``: float32 ``[row half, s, h, lane, byte]``. Then float32 sums of 16 rows in their unit, what this stands for
+        ``g + 8`` in turn: high, middle and low bytes; or, of up to 8 rows, high and middle ones, then low ones and ones; or, of
+        up to 4, four rows each of high, low, and middle bytes and ones. Axis ``token``: float32 ``[row half, s, h, lane,
+        byte]``, of up to 4 rows each twice. Then float32 sums of 16 rows in their unit, what this stands for
         (for axis ``channel`` 64 times), and one over that.
     """
     rows, device, top = len(matrix), matrix.device, (1 << bits) - 1
@@ -77,12 +78,17 @@ def weights(matrix: Tensor, tokens: bool, bits: int) -> Tensor:
     factor = room / mantissa / 2  # the power of two not above it
     laid = (w * factor).view(2, 8, 4, 2, 2, 2, 2)  # row half, g, t, c / 2, s, h, c % 2
     if tokens:
+        if rows <= SHORT:
+            laid[0, 4:] = laid[0, :4]
         shown = laid[: 2 if wide else 1].permute(0, 4, 5, 1, 2, 3, 6).float()
     else:
         v = laid.round().to(torch.int32)
         high, middle, low = (v + 0x8080) >> 16, (((v + 0x8080) >> 8) & 255) - 128, ((v + 0x8080) & 255) - 128
         if wide:
             operands = torch.stack([high, middle, low])
+        elif rows <= SHORT:
+            upper, lower = torch.cat([high[0, :4], low[0, :4]]), torch.cat([middle[0, :4], torch.ones_like(low[0, :4])])
+            operands = torch.stack([upper, lower]).unsqueeze(0)
         else:
             upper = torch.stack([high[0], middle[0]])
             operands = torch.stack([upper, torch.stack([low[0], torch.ones_like(low[0])])])
