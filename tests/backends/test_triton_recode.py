@@ -247,7 +247,7 @@ def test_projected_codes(first: str, dim: int, ratio: int) -> None:
     """Straight from codes of pages of 64 tokens: several pages and heads, and sizes of tokens that differ widely."""
     backend, form, inner = TritonBackend(), CODES[first], Affine(4, "token")
     target = Projected(inner, ratio, False, lambda page, like: 8 * projection(page, page // ratio, ratio).to(like.device))
-    x = pages(64, dim, 6).view(3, 1, 2, 64, dim)
+    x = pages(64, dim, 4).view(2, 1, 2, 64, dim)
     x = x * torch.exp2(-torch.arange(64, device=DEVICE) % 9.0).unsqueeze(-1)
     held = backend.encode(x, form)
     assert archive_codes.archive_codes(held, form, target, Weights()) is not None
@@ -277,6 +277,16 @@ def test_other_projected_codes_go_elsewhere(form: Affine, page: int, dim: int, r
     assert archive_codes.archive_codes(held, form, target, Weights()) is None
     got = backend.recode(Kept(backend, form), Kept(backend, target), held, "keys")
     assert torch.equal(got["mean"].cpu(), CpuBackend().encode(backend.dequantize(held, form).cpu(), target)["mean"])
+
+
+@pytest.mark.parametrize("first", ["int4", "int4-token", "int8", "int8-token"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_projected_codes_stay_not_finite(first: str, number: float) -> None:
+    backend, form, target = TritonBackend(), FORMS[first], projected(Affine(4, "token"), 16)
+    held = backend.encode(pages(64, 64), form)
+    held["scale"].view(-1)[9] = number
+    got = backend.recode(Kept(backend, form), Kept(backend, target), held, "keys")
+    assert not bool(got["mean"].isfinite().all())
 
 
 def test_projections_are_laid_once() -> None:

@@ -441,7 +441,11 @@ def _token_kernel(
     tokens = from_scale.to(tl.int64) + (unit * 64 + t * 16) * 2
     s = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
     every = unit * 64 + tl.arange(0, 64)
-    largest = tl.maximum(tl.max(tl.load(from_scale + every).to(tl.float32), 0), 6e-8)
+    largest = tl.max(tl.load(from_scale + every).to(tl.int16, bitcast=True).to(tl.int32), 0)
+    largest = largest.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    # A scale that is not finite makes means NaN.
+    spoiled = largest * 0.0
+    largest = tl.maximum(largest, 6e-8)
     # The powers of two above the largest scale, and one over it.
     above = (largest.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
     power = above.to(tl.float32, bitcast=True)
@@ -534,7 +538,7 @@ def _token_kernel(
     for k in tl.static_range(SETS):
         two = ()
         # Lanes with g < 4 keep the channels of 4 k and on, the others those of 4 SETS more, and give what they know of theirs.
-        times = power * (1.0 / (4194304.0 * 64)) + tl.zeros((32,), tl.float32)
+        times = power * (1.0 / (4194304.0 * 64)) + spoiled + tl.zeros((32,), tl.float32)
         if not NARROW:
             pair = k * 2 + g // 4 * (2 * SETS) + g // 2 % 2
             for i in tl.static_range(D // 16):
