@@ -8,6 +8,7 @@ in fixed point. Scales of channels (axis ``channel``) multiply sums: ``c = scale
 A lane holds columns 2 t and 2 t + 1 of products (lane ``4 g + t``), so groups of coefficients, which run along channels, are
 shared by the four lanes of a row. Its tokens are ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` for byte ``c`` of word ``(s, h)``, as
 ``layout.py`` has it for axis ``token``. For axis ``channel`` lanes read words of other lanes and turn 4 x 4 bytes of them.
+Of more than 8 rows a lane holds rows ``g`` and ``g + 8``; of up to 4, lanes 16 apart hold one row's halves.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ UNIT = tl.constexpr(64)
 
 @triton.jit
 def _limbs(x0, x1, x2, x3, OVER: tl.constexpr):
-    """Words of the high, middle and low signed bytes of four numbers, rounded; those of the high ones are above by OVER's.
+    """Words of the high, middle and low signed bytes of four numbers below 2^22 in size, rounded.
 
-    OVER: 2^23, or half as much again where numbers have signs, with 0x8080 added, so that lower bytes are above by 128.
+    OVER: 2^23, or half as much again where numbers have signs, which adds 64 to their high bytes; and 0x8080, which adds 128
+    to the others, taken off again.
     """
     return tl.inline_asm_elementwise(
         """{ .reg .b32 p, q, r, s;
@@ -501,7 +503,7 @@ def _token_kernel(
                     # No one asks for these rows; a register of their own spares copies.
                     one = others[2 * ks + i // 2]
                 if m == 0 and (WIDE or i % 2 == 0):
-                    # High bytes are 64 to 127 above.
+                    # They have 64 added to them.
                     one = (one + 0x40404040) ^ -0x7F7F7F80
                 if SHORT and i % 2 == 0:
                     one = tl.where(first, one, limbs[6 * ks + 3 * (i // 2) + 2])
