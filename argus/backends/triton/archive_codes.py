@@ -508,6 +508,7 @@ def _token_kernel(
                 if SHORT and i % 2 == 0:
                     one = tl.where(first, one, limbs[6 * ks + 3 * (i // 2) + 2])
                 a = a + (one,)
+    before = (none, none, none, none)
     upper = ()
     lower = ()
     kept = ()
