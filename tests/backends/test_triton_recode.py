@@ -281,6 +281,7 @@ def test_other_projected_codes_go_elsewhere(form: Affine, page: int, dim: int, r
 
 @pytest.mark.parametrize("first", ["int4", "int4-token", "int8", "int8-token"])
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_projected_codes_stay_not_finite(first: str, number: float) -> None:
     backend, form, target = TritonBackend(), FORMS[first], projected(Affine(4, "token"), 16)
     held = backend.encode(pages(64, 64), form)

@@ -239,21 +239,22 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def _quantized(
-    x, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
+    x, offset, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
 ):  # fmt: skip
     """Words of codes of N numbers a lane, a row each four lanes or eight; their scale and zero are stored where `held`.
 
-    unit: what a number of 1 stands for, a power of two.
+    offset: of the row, to be added to `x`. unit: what a number of 1 stands for, a power of two.
     """
-    scale, zero = _affine(_least(x, N, False, SHORT) * unit, _least(x, N, True, SHORT) * unit, (1 << BITS) - 1)
+    low = (_least(x, N, False, SHORT) + offset) * unit
+    scale, zero = _affine(low, (_least(x, N, True, SHORT) + offset) * unit, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
     inverse = 1.0 / step * unit
     step = step * inverse_unit
-    low = zero.to(tl.float32) * inverse_unit
-    s, y, z = (step, step, step, step), (inverse, inverse, inverse, inverse), (low, low, low, low)
+    least = zero.to(tl.float32) * inverse_unit - offset
+    s, y, z = (step, step, step, step), (inverse, inverse, inverse, inverse), (least, least, least, least)
     words = ()
     for i in tl.static_range(N // 4):
         words = words + (_rounded(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], s, y, z),)
@@ -380,7 +381,7 @@ def _channel_kernel(
                     numbers[8 * i + e], numbers[8 * i + 2 + e], numbers[8 * i + 4 + e], numbers[8 * i + 6 + e],
                 )  # fmt: skip
         codes = _quantized(
-            ordered, share, inverse_share, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
+            ordered, 0.0, share, inverse_share, scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place,
             (t == 0) & (row < R), 2 * K if SHORT else 4 * K, BITS, SHORT,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
@@ -457,16 +458,11 @@ def _token_kernel(
         near = near + (s[i] * inverse,)
     base = weights_ptr.to(tl.int64)
     facts = base + ROWS * 2048
-    unit_of = power * _float_at(facts + UNIT + lane * 0)
-    inverse_unit = inverse * _float_at(facts + UNIT + 4 + lane * 0)
-    row_sums = ()
     zeros = ()
     if not SYMMETRIC:
-        total = tl.sum(tl.load(from_zero + every).to(tl.float64), 0) * (1.0 / 64)
         tokens = from_zero.to(tl.int64) + (unit * 64 + t * 16) * 2
         z = _halves8(_load4(tokens)) + _halves8(_load4(tokens + 16))
     for r in tl.static_range(ROWS):
-        row_sums = row_sums + (_float_at(facts + (g % (4 if SHORT else 8) + 8 * r) * 4) * inverse,)
         zero = tl.zeros((32,), tl.float32)
         if not SYMMETRIC:
             for w in tl.static_range(4):
@@ -523,9 +519,9 @@ def _token_kernel(
         before = b
         if j % 2 or not SHORT:
             for e in tl.static_range(2):
-                upper = upper + (sums[e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[0],)
+                upper = upper + (sums[e] * _tile_unit(j, NARROW, FROM_BITS, D),)
                 if WIDE:
-                    lower = lower + (sums[2 + e] * _tile_unit(j, NARROW, FROM_BITS, D) + zeros[1],)
+                    lower = lower + (sums[2 + e] * _tile_unit(j, NARROW, FROM_BITS, D),)
         count = _products(scales, 0, b, (none, none, none, none), SYMMETRIC)
         if j % 4 == 0:
             held = count
@@ -537,6 +533,8 @@ def _token_kernel(
             )  # fmt: skip
         if j % 4 == 3:
             kept = kept + held
+    if not SYMMETRIC:
+        total = tl.sum(tl.load(from_zero + every).to(tl.float64), 0) * (1.0 / 64)
     means = ()
     for k in tl.static_range(SETS):
         two = ()
@@ -562,6 +560,11 @@ def _token_kernel(
         means = means + (mean,)
         tile = 4 * k + g // 4 * (4 * SETS) + g % 4
         _put_some1(mean_ptr.to(tl.int64) + (unit * D + tile * 8 + 2 * t) * 2, mean, g >= 0)
+    unit_of = power * _float_at(facts + UNIT + lane * 0)
+    inverse_unit = inverse * _float_at(facts + UNIT + 4 + lane * 0)
+    row_sums = ()
+    for r in tl.static_range(ROWS):
+        row_sums = row_sums + (_float_at(facts + (g % (4 if SHORT else 8) + 8 * r) * 4) * inverse,)
     odd = t % 2
     join = tl.where(odd == 0, 0x5410, 0x3276)
     upper_rest = ()
@@ -581,7 +584,7 @@ def _token_kernel(
         place = (unit * R + row) * 2
         held = row < R
         codes = _quantized(
-            lower_rest if r else upper_rest, unit_of, inverse_unit,
+            lower_rest if r else upper_rest, zeros[r], unit_of, inverse_unit,
             scale_ptr.to(tl.int64) + place, zero_ptr.to(tl.int64) + place, (t == 0) & held, D // 4 // PER, BITS, SHORT,
         )  # fmt: skip
         # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
