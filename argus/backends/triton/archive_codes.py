@@ -636,6 +636,6 @@ def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weigh
         kernel[(head.numel(),)](
             codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
             dim, rows, source.bits, source.symmetric, narrow, inner.bits,
-            num_warps=1, maxnreg=tuning.archive_registers(rows),
+            num_warps=1, maxnreg=tuning.archive_registers(rows, tokens),
         )  # fmt: skip
     return made

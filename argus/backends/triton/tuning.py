@@ -27,9 +27,12 @@ CODEC_REGISTERS = 168
 """Registers that a lane of the codec's one-warp kernels may take."""
 
 
-def archive_registers(rows: int) -> int:
-    """Registers that a lane may take that archives codes in so many rows: up to 8, it holds one row, else two."""
-    return 128 if rows <= 8 else CODEC_REGISTERS
+def archive_registers(rows: int, tokens: bool) -> int:
+    """Registers that a lane may take that archives codes in so many rows; `tokens`: whose scales are tokens'.
+
+    Of up to 4 rows it holds half a row, of up to 8 one, else two.
+    """
+    return CODEC_REGISTERS if rows > 8 else 128 if rows > 4 or tokens else 96
 
 
 def codec_warps(numbers: int) -> int:
