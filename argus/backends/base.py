@@ -251,7 +251,10 @@ class Backend(ABC):
         raise TypeError(f"no pages can be encoded as {form}")
 
     def recode(self, source: Tier, target: Tier, payload: Payload, role: Role) -> Payload:
-        """Pages that `source` keeps as `target` keeps them: ``target.encode(source.decode(payload, role), role)``, bit by bit.
+        """Pages that `source` keeps as `target` keeps them: ``target.encode(source.decode(payload, role), role)``.
+
+        Bit by bit, save for products of floats whose sums are taken in another order, as for :class:`Projected` pages: there
+        numbers agree as far as float32 sums do, so a code next to the middle between two may be the other.
 
         A backend may take a shorter way where :meth:`argus.tiers.base.Tier.form` and :meth:`argus.tiers.base.Tier.target`
         tell how; `payload` is never touched, but the answer may share tensors with it.

@@ -45,18 +45,16 @@ def inline_asm(
         halves = np.ascontiguousarray(arrays[0]).view(np.int16).reshape(8, 8)
         results = [np.ascontiguousarray(halves.T).reshape(-1).view(np.int32)]
     elif name.startswith("mma.sync.aligned.m16n8k32"):
-        results = mma(arrays, np.int8 if ".s32.s8." in name else np.uint8)
+        results = mma(arrays, *(np.int8 if kind == "s8" else np.uint8 for kind in name.split(".")[-3:-1]))
     elif name.startswith("mma.sync.aligned.m16n8k16"):
         results = mma16(arrays, bf16="bf16" in name)
     elif name.startswith("ld.global.nc.u8"):
         results = [np.array([ctypes.string_at(int(at), 1)[0] for at in arrays[0]], np.int32)]
     elif "ld.global.nc.b16" in asm:
         results = [np.array([int.from_bytes(ctypes.string_at(int(at), 2), "little") for at in arrays[0]], np.int32)]
-    elif "st.global" in asm and "setp" in asm and "b16" not in asm:
-        for lane in np.flatnonzero(arrays[-1]):
-            numbers = np.array([x[lane] for x in arrays[1:-1]], np.float32)
-            ctypes.memmove(int(arrays[0][lane]), numbers.ctypes.data, numbers.nbytes)
-        results = [np.zeros(32, np.int32)]
+    elif name == "cvt.rn.f16x2.f32":
+        halves = np.stack(arrays, 1).astype(np.float32).astype(np.float16)
+        results = [np.ascontiguousarray(halves).view(np.int32)[:, 0]]
     elif "cvt.f32.f16" in asm:
         halves = np.ascontiguousarray(arrays[0].astype(np.int32)).view(np.float16).reshape(32, 2)
         results = [halves[:, i].astype(np.float32) for i in range(2)]
@@ -95,14 +93,14 @@ def prmt(a: np.ndarray, b: np.ndarray, which: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.take_along_axis(pool, picks, 1)).view(np.int32)[:, 0]
 
 
-def mma(args: Sequence[np.ndarray], kind: type) -> list[np.ndarray]:
+def mma(args: Sequence[np.ndarray], kind: type, other: type) -> list[np.ndarray]:
     a, b, c = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64), np.zeros((16, 8), np.int64)
     for r in range(4):
         for i in range(4):
             a[G + 8 * (r % 2), 16 * (r // 2) + 4 * T + i] = as_bytes(args[r], kind)[:, i]
     for r in range(2):
         for i in range(4):
-            b[16 * r + 4 * T + i, G] = as_bytes(args[4 + r], np.int8)[:, i]
+            b[16 * r + 4 * T + i, G] = as_bytes(args[4 + r], other)[:, i]
     for r in range(4):
         c[G + 8 * (r // 2), 2 * T + r % 2] = args[6 + r]
     d = a @ b + c

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
+from argus.backends.triton.archive_codes import archive_codes
 from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _whole
 from argus.backends.triton.forms import ELEMENTS
+from argus.backends.triton.fragments import Weights
 
 SLICE = 32
 """Channels that are projected at once, at most: what one warp holds of a page in registers."""
@@ -140,22 +142,26 @@ def _archive_kernel(
             _store_plane(codes, out, held, (BITS & 6) * D // 8, BITS & 6, 1, BITS, M, D, SL)
 
 
-def archive(payload: Payload, source: object, form: Projected) -> Payload | None:
-    """Plain pages, archived; None where there is no kernel.
+def archive(payload: Payload, source: object, form: Projected, laid: Weights) -> Payload | None:
+    """Plain pages or their codes, archived; None where there is no kernel.
 
     Parameters
     ----------
     payload : dict of str to Tensor
-        What `source` keeps of pages ``[n, B, H, P, D]``, plain numbers of any floating dtype.
+        What `source` keeps of pages ``[n, B, H, P, D]``.
     source : object
         The form in which it does.
     form : Projected
+    laid : Weights
+        Projections that were laid for kernels before.
 
     Returns
     -------
     dict of str to Tensor or None
         As :meth:`argus.backends.base.Backend.encode` gives it.
     """
+    if isinstance(source, Affine):
+        return archive_codes(payload, source, form, laid)
     if not isinstance(source, Plain):
         return None
     inner, x = form.inner, payload["codes"].contiguous()
@@ -185,7 +191,7 @@ def archive(payload: Payload, source: object, form: Projected) -> Payload | None
         writing = (0, 8, False, 1)
     else:
         return None
-    if width < 16:
+    if width < 8:
         return None
     mean = torch.empty(*head, dim, dtype=torch.float16, device=x.device)
     if mean.numel():

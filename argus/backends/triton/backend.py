@@ -13,6 +13,7 @@ from argus.attention import Query, answer_bounded
 from argus.backends.base import Affine, Dense, Float8, Payload, Plain, Projected, Role, Segment, grouped
 from argus.backends.cpu import CpuBackend, PagePart
 from argus.backends.triton import layout
+from argus.backends.triton.fragments import Weights
 from argus.backends.triton.sight import Sights
 from argus.backends.triton.tables import Tables
 
@@ -42,6 +43,7 @@ class TritonBackend(CpuBackend):
         self.dispatch = Dispatch()
         self.tables = Tables()
         self.sights = Sights()
+        self.weights = Weights()
         self._compiled: set[tuple[object, ...]] = set()
 
     def quantize(self, x: Tensor, form: Affine) -> Payload:
@@ -87,7 +89,7 @@ class TritonBackend(CpuBackend):
             from argus.backends.triton import archive
 
             self._tell((form, x.shape[-2:]), "pages to projected pages")
-            made = archive.archive({"codes": x}, Plain(), form)
+            made = archive.archive({"codes": x}, Plain(), form, self.weights)
             if made is not None:
                 return made
         return super().encode(x, form)
@@ -105,11 +107,12 @@ class TritonBackend(CpuBackend):
         if not isinstance(source, (Affine, Float8, Plain)) or not isinstance(form, (Affine, Float8, Projected)):
             return None
         self._tell((source, form, payload["codes"].shape[3:]), f"pages of a stage as {type(form).__name__}")
-        make = archive.archive if isinstance(form, Projected) else convert.convert
-        return make(payload, source, form)
+        if isinstance(form, Projected):
+            return archive.archive(payload, source, form, self.weights)
+        return convert.convert(payload, source, form)
 
     def tensors(self) -> list[Tensor]:
-        return self.tables.tensors()
+        return [*self.tables.tensors(), *self.weights.tensors()]
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         if query.length > DECODE or query.rows.shape[2] > ROWS:

@@ -27,6 +27,14 @@ CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
 """Registers that a lane of the codec's one-warp kernels may take, and of the one that makes codes of codes."""
 
 
+def archive_registers(rows: int, tokens: bool) -> int:
+    """Registers that a lane may take that archives codes in so many rows; `tokens`: whose scales are tokens'.
+
+    Of up to 4 rows it holds half a row, of up to 8 one, else two.
+    """
+    return CODEC_REGISTERS if rows > 8 else 128 if rows > 4 or tokens else 96
+
+
 def codec_warps(numbers: int, warp: int = 2048) -> int:
     """Warps of a program that holds so many numbers in registers, `warp` of them each."""
     return max(1, min(16, numbers // warp))

@@ -230,3 +230,30 @@ def _put16(at, x, held):
         "{ .reg .pred p; .reg .b16 h, i; setp.ne.b32 p, $3, 0; mov.b32 {h, i}, $2; @p st.global.b16 [$1], h; mov.b32 $0, 0; }",
         "=r,l,r,r", [at, x, held.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _put_some4(at, a, b, c, d, held):
+    """:func:`_put4` where `held`."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+        "=r,l,r,r,r,r,r", [at, a, b, c, d, held.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_some2(at, a, b, held):
+    """:func:`_put2` where `held`."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+        "=r,l,r,r,r", [at, a, b, held.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_some1(at, a, held):
+    """:func:`_put1` where `held`."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r", [at, a, held.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
