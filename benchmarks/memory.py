@@ -1,7 +1,7 @@
 """What a filled cache takes of the GPU's memory beside what its ledger counts, and the most that filling it took.
 
 Two layers are filled by chunks, each asked and aged, and then decode for some steps. Run from the repository root:
-``python -m benchmarks.memory [--shapes 1x32768 8x8192] [--ladders int4]``. As it comes, PyTorch's allocator may leave up to 1 MB
+``python -m benchmarks.memory [--shapes 1x32768 8x8192] [--ladders int4]``. As it comes, PyTorch may leave up to 1 MB
 of a free block to a large tensor; with ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` it does not.
 """
 
@@ -118,7 +118,8 @@ def main() -> None:
                 flush=True,
             )
     allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "as it comes")
-    common.keep("memory", options.out, {"allocator": allocator, "chunk": options.chunk, "decoded": options.decoded, **sizes}, rows)
+    facts = {"allocator": allocator, "chunk": options.chunk, "decoded": options.decoded, **sizes}
+    common.keep("memory", options.out, facts, rows)
     wrong = [f"{row['batch']} x {row['context']} {row['ladder']}" for row in rows if not abs(row["apart"]) <= ALLOWED]
     if wrong:
         raise SystemExit(f"the ledger and torch.cuda.memory_allocated are more than {ALLOWED:.0%} apart: {', '.join(wrong)}")
