@@ -18,9 +18,11 @@ FEW_PAGES = 8
 """Pages of a stage up to which the size of its kernel counts, not its speed: every processor fetches all code that it runs."""
 SIXTEENS = 8
 """Warps of the fused kernel a multiprocessor where all tokens have 16 bits: bytes bind, and more of them are slower."""
-PROJECTED, SIXTEEN, EIGHT, DENSE, FEW = 0.9, 1.1, 0.9, 1.2, 1.5
-"""Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, and
-of codes of any width, in that of 64 tokens of 2-bit codes. They only divide work."""
+PROJECTED, SIXTEEN, EIGHT, DENSE, FEW, BOOK = 0.9, 1.1, 0.9, 1.2, 1.5, 0.7
+"""Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, of
+codes of any width, and of 16 tokens of codes of a codebook, in that of 64 tokens of 2-bit codes. They only divide work."""
+BOOK_AHEAD = True
+"""Whether the kernel for codebooks loads the next tokens' codes before it works on these."""
 
 
 CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
@@ -61,6 +63,18 @@ def splits(units: int, heads: int, per_program: int, processors: int, resident: 
     """Programs a head: as many as the processors hold at once, each with at least `per_program` units of work."""
     most = max(1, processors * resident // heads)
     return max(1, min(most, -(-units // per_program)))
+
+
+def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:
+    """Channels of a program of the merge, answers that it takes at once, and its warps.
+
+    Where answers are turned back it takes `whole` tokens of each to make some channels: many, as each program reads all.
+    """
+    chunk = min(32 if whole else 16, power(dim))
+    at_once = min(512, max(2, power(slots)))
+    if whole:
+        return chunk, min(at_once, max(2, 8192 // whole)), 8
+    return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
 
 
 @cache
