@@ -93,17 +93,15 @@ WIDE = [(3, 3, 192), (2, 1, 192), (3, 2, 256), (1, 3, 256)]
 
 @pytest.mark.parametrize(("key", "value", "dim"), [(*bits, dim) for bits in BITS for dim in (64, 128)] + WIDE)
 def test_widths_and_head_dims(key: int, value: int, dim: int) -> None:
-    case = Ladder((Book(key, dim), Book(value, dim, seed=1), 2), dim=dim, batch=1, heads=1, marked=dim == 64)
+    case = Ladder((Book(key, dim), Book(value, dim, seed=1), 2), dim=dim, batch=1, marked=dim == 64)
     assert case.shares() == ["book"]
     case.check(bound=1e-3)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("page", "count"), [(16, 3), (48, 2), (64, 9), (128, 1)])
-def test_pages_of_any_size_and_number(monkeypatch: pytest.MonkeyPatch, page: int, count: int, ahead: bool) -> None:
-    monkeypatch.setattr(tuning, "BOOK_AHEAD", ahead)
+def test_pages_of_any_size_and_number(monkeypatch: pytest.MonkeyPatch, page: int, count: int) -> None:
     monkeypatch.setattr(tuning, "resident", lambda *_: 3)
-    case = Ladder((Book(3, 64), Book(3, 64, seed=1), count), page=page, batch=1, heads=1, marked=True)
+    case = Ladder((Book(3, 64), Book(3, 64, seed=1), count), page=page, batch=1, marked=True)
     assert case.shares() == ["book"]
     case.check()
 
@@ -186,8 +184,8 @@ def test_what_lanes_do_not_look_up() -> None:
         case = Ladder((key, value, 2), page=page, batch=1)
         assert case.shares() == ["any"]
         case.check()
-    odd = Book(3, 80)
-    assert Ladder((odd, odd, 2), dim=80, batch=1).shares() == ["any"]
+    narrow = Book(3, 80)
+    assert "book" not in Ladder((narrow, narrow, 2), dim=80, batch=1).shares()
 
 
 def test_small_and_large_scales() -> None:

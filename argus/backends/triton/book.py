@@ -124,45 +124,49 @@ def _rows(
 
 
 @triton.jit
-def _unit(rows, D: tl.constexpr, U: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr):
-    """All that is read of 16 U tokens, as it is: keys, their scales, values, their scales."""
+def _keys(at, D: tl.constexpr, U: tl.constexpr, BITS: tl.constexpr):
+    """Codes of 16 U tokens of keys as they are: lane ``4 g + t`` reads of tokens ``8 i + g``."""
     lane = tl.arange(0, 32)
-    g = lane // 4
-    t = lane % 4
-    KROW: tl.constexpr = D * KBITS // 8
-    VROW: tl.constexpr = D * VBITS // 8
-    k_row = rows[0] + g * KROW
-    k_scale = rows[1] + g * 2
-    v_row = rows[2] + t * (2 * VROW)
-    v_scale = rows[3] + g * 2
-    keys = ()
-    values = ()
-    k_scales = ()
-    v_scales = ()
+    ROW: tl.constexpr = D * BITS // 8
+    words = ()
     for i in tl.static_range(2 * U):
         for n in tl.static_range(D // 64):
-            keys = keys + (_planes(k_row, t * 8, n, 8 * i * KROW, KBITS, D, True),)
-    for i in tl.static_range(2 * U):
-        k_scales = k_scales + (_load16(k_scale + 16 * i),)
+            words = words + (_planes(at + lane // 4 * ROW, lane % 4 * 8, n, 8 * i * ROW, BITS, D, True),)
+    return words
+
+
+@triton.jit
+def _values(at, D: tl.constexpr, U: tl.constexpr, BITS: tl.constexpr):
+    """Codes of 16 U tokens of values as they are: lane ``4 g + t`` reads of tokens ``8 i + 2 t`` and the next."""
+    lane = tl.arange(0, 32)
+    ROW: tl.constexpr = D * BITS // 8
+    words = ()
     for i in tl.static_range(4 * U):
         for n in tl.static_range(D // 64):
-            values = values + (_planes(v_row, g * 4, n, (8 * (i // 2) + i % 2) * VROW, VBITS, D, False),)
+            after = (8 * (i // 2) + i % 2) * ROW
+            words = words + (_planes(at + lane % 4 * (2 * ROW), lane // 4 * 4, n, after, BITS, D, False),)
+    return words
+
+
+@triton.jit
+def _scales(at, U: tl.constexpr):
+    """Scales of tokens ``8 i + g``, an FP16 in a word each."""
+    words = ()
     for i in tl.static_range(2 * U):
-        v_scales = v_scales + (_load16(v_scale + 16 * i),)
-    return keys, k_scales, values, v_scales
+        words = words + (_load16(at + tl.arange(0, 32) // 4 * 2 + 16 * i),)
+    return words
 
 
 @triton.jit
 def _book_share(
     source, at, where, mask, lowest, latest, cap, begin_unit, end_unit,
     P: tl.constexpr, D: tl.constexpr, U: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
-    MASK: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for units of 16 U tokens of pages.
 
     source: table and positions of pages, books of keys and of values as ``tables.lay_book`` lays them, and queries as they meet
-    what is read of keys. at: where average and log-sum-exp go. where: head, first row, rows. EARLY: the next unit is read
-    before this one's work.
+    what is read of keys. at: where average and log-sum-exp go. where: head, first row, rows.
     """
     inner = where[0]
     lane = tl.arange(0, 32)
@@ -181,18 +185,14 @@ def _book_share(
         acc = acc + (zero4,)
     W: tl.constexpr = D // 64
     rows = _rows(source[0], inner, begin_unit, P, D, U, KBITS, VBITS, FIELDS)
-    if EARLY:
-        held = _unit(rows, D, U, KBITS, VBITS)
-        rows = _rows(source[0], inner, tl.minimum(begin_unit + 1, end_unit - 1), P, D, U, KBITS, VBITS, FIELDS)
+    keys = _keys(rows[0], D, U, KBITS)
+    k_scales = _scales(rows[1], U)
+    values = _values(rows[2], D, U, VBITS)
+    v_scales = _scales(rows[3], U)
     for unit in range(begin_unit, end_unit):
-        if EARLY:
-            now = held
-            held = _unit(rows, D, U, KBITS, VBITS)
-            rows = _rows(source[0], inner, tl.minimum(unit + 2, end_unit - 1), P, D, U, KBITS, VBITS, FIELDS)
-        else:
-            now = _unit(rows, D, U, KBITS, VBITS)
-            rows = _rows(source[0], inner, tl.minimum(unit + 1, end_unit - 1), P, D, U, KBITS, VBITS, FIELDS)
         page = unit // (P // (16 * U))
+        # What comes next is read as soon as registers are free, halfway ahead of its use.
+        rows = _rows(source[0], inner, tl.minimum(unit + 1, end_unit - 1), P, D, U, KBITS, VBITS, FIELDS)
         x = ()
         for s in tl.static_range(U):
             c = zero4
@@ -200,8 +200,8 @@ def _book_share(
                 even = ()
                 odd = ()
                 for j in tl.static_range(2):
-                    even = even + _levels(_digits(now[0][2 * s * W + n], t * 8, j, n, KBITS, D), k_book, 0x6240, 0x7351)
-                    odd = odd + _levels(_digits(now[0][(2 * s + 1) * W + n], t * 8, j, n, KBITS, D), k_book, 0x6240, 0x7351)
+                    even = even + _levels(_digits(keys[2 * s * W + n], t * 8, j, n, KBITS, D), k_book, 0x6240, 0x7351)
+                    odd = odd + _levels(_digits(keys[(2 * s + 1) * W + n], t * 8, j, n, KBITS, D), k_book, 0x6240, 0x7351)
                 for half in tl.static_range(2):
                     for j in tl.static_range(2):
                         c = _mma16(
@@ -209,11 +209,12 @@ def _book_share(
                             b[4 * (n + half * W) + 2 * j], b[4 * (n + half * W) + 2 * j + 1], c, False,
                         )  # fmt: skip
             x = x + (c[0] + c[1], c[2] + c[3])
+        keys = _keys(rows[0], D, U, KBITS)
         scores = ()
         best = m
         for i in tl.static_range(2 * U):
             token = unit % (P // (16 * U)) * (16 * U) + 8 * i + g
-            s = _base2(x[i] * _number(now[1][i]), cap, CAPPED)
+            s = _base2(x[i] * _number(k_scales[i]), cap, CAPPED)
             seen = token < P
             pos = token.to(tl.int64)
             if MASK:
@@ -234,13 +235,13 @@ def _book_share(
         for i in tl.static_range(2 * U):
             p = tl.exp2(scores[i] - safe)
             total += p
-            weigh = weigh + (_weights(p * _number(now[3][i]), False),)
+            weigh = weigh + (_weights(p * _number(v_scales[i]), False),)
         new = ()
         for n in tl.static_range(W):
             levels = ()
             for i in tl.static_range(2 * U):
-                first = _digits(now[2][2 * i * W + n], g * 4, 0, n, VBITS, D)
-                second = _digits(now[2][(2 * i + 1) * W + n], g * 4, 0, n, VBITS, D)
+                first = _digits(values[2 * i * W + n], g * 4, 0, n, VBITS, D)
+                second = _digits(values[(2 * i + 1) * W + n], g * 4, 0, n, VBITS, D)
                 levels = levels + (_of_two(first, second, v_book),)
             for j in tl.static_range(4):
                 old = acc[4 * n + j]
@@ -254,6 +255,9 @@ def _book_share(
                     )  # fmt: skip
                 new = new + (c,)
         acc = new
+        values = _values(rows[2], D, U, VBITS)
+        k_scales = _scales(rows[1], U)
+        v_scales = _scales(rows[3], U)
     total = _sum(total)
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < where[2]

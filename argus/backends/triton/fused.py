@@ -56,7 +56,7 @@ def _share(
     elif SHARE == BOOK:
         _book_share(
             source, at, where, mask, lowest, latest, cap, begin, end,
-            C[0], D, C[1], C[2], C[3], C[4], C[5], C[6], CAPPED, FIELDS,
+            C[0], D, C[1], C[2], C[3], C[4], C[5], CAPPED, FIELDS,
         )  # fmt: skip
     else:
         batch = where[0] // heads

@@ -179,7 +179,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     tiles = tuning.half_tiles(dim, part.pages)
     if in_book(part, dim):
         tiles = tiles if page % (16 * tiles) == 0 else 1
-        facts = (page, tiles, key.option, value.option, mask, part.exact, tuning.BOOK_AHEAD)
+        facts = (page, tiles, key.option, value.option, mask, part.exact)
         return Job(part, "book", part.pages * (page // (16 * tiles)), facts, tiles * tuning.BOOK)
     if in_pages(part, dim, 16 * tiles):
         coded = isinstance(key, Float8)

@@ -21,8 +21,6 @@ SIXTEENS = 8
 PROJECTED, SIXTEEN, EIGHT, DENSE, FEW, BOOK = 0.9, 1.1, 0.9, 1.2, 1.5, 0.7
 """Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, of
 codes of any width, and of 16 tokens of codes of a codebook, in that of 64 tokens of 2-bit codes. They only divide work."""
-BOOK_AHEAD = True
-"""Whether the kernel for codebooks loads the next tokens' codes before it works on these."""
 
 
 CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
