@@ -110,8 +110,9 @@ class Loaded:
     rotation : callable or None
         ``rotation(dim, like)``: ``R [D, D]`` float32, orthonormal, on the device of ``like``; None: ``x = y``.
     book : bool
-        ``y`` is ``own[code] * scale``, with codes of ``option`` bits that :func:`argus.backends.cpu.pack` packed along channels,
-        and one FP16 ``scale`` a token. A backend may then read pages of up to 3 bits without ``load``, levels rounded to FP16.
+        ``y`` is ``own[code] * scale``, with codes of ``option`` bits that :func:`argus.backends.cpu.pack` packed along
+        channels, and one FP16 ``scale`` a token. A backend may then read codes of up to 3 bits without ``load``, levels
+        rounded to FP16.
     """
 
     load: Callable[[], Any]

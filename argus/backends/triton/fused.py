@@ -147,7 +147,10 @@ def _merge_kernel(
     part_ptr, lse_ptr, sinks_ptr, out_ptr, turn_ptr, slots, heads, R, S, turned,
     D: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, DB: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Merge the answers of all splits for one row and some channels; the first `turned` of them (DB: some are) are turned back."""
+    """Merge the answers of all splits for one row and some channels.
+
+    DB: the answers of the first `turned` splits, merged, are turned back by the matrix at `turn_ptr`; 0: none are.
+    """
     inner = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     ch = tl.program_id(2) * CB + tl.arange(0, CB)

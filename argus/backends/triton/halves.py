@@ -49,7 +49,7 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
 
 @triton.jit
 def _queries(q_ptr, first_row, rows, D: tl.constexpr, BF16: tl.constexpr):
-    """Four rows of a head as the second factor of products with tokens: a row's high parts in one column, its low in the next."""
+    """Four rows of a head as the second factor of products with tokens: high parts in a column, low parts in the next."""
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
