@@ -173,7 +173,7 @@ def _book_share(
     g = lane // 4
     t = lane % 4
     row = where[1] + t
-    b = _queries(source[4].to(tl.int64) + inner * (where[2] * D * 4), where[1], where[2], D, False)
+    b = _queries(source[4], where, D, False)
     k_book = _load4(source[2].to(tl.int64) + lane * 0)
     v_book = _load4(source[3].to(tl.int64) + lane * 0)
     m = tl.full((32,), float("-inf"), tl.float32)

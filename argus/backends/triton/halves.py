@@ -48,15 +48,15 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
 
 
 @triton.jit
-def _queries(q_ptr, first_row, rows, D: tl.constexpr, BF16: tl.constexpr):
+def _queries(q_ptr, where, D: tl.constexpr, BF16: tl.constexpr):
     """Four rows of a head as the second factor of products with tokens: high parts in a column, low parts in the next."""
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     part = g % 2
     # Rows beyond the last repeat it; nothing of them is stored.
-    q_row = tl.minimum(first_row + g // 2, rows - 1)
-    q_at = q_ptr + (q_row * D + t * 8) * 4
+    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
+    q_at = q_ptr.to(tl.int64) + ((where[0] * where[2] + q_row) * D + t * 8) * 4
     b = ()
     for i in tl.static_range(D // 16):
         piece = _load4(q_at + (i // 2) * 128 + (i % 2) * 16)
@@ -95,7 +95,7 @@ def _halves_share(
     g = lane // 4
     t = lane % 4
     row = where[1] + t
-    b = _queries(q_ptr.to(tl.int64) + inner * (where[2] * D * 4), where[1], where[2], D, BF16)
+    b = _queries(q_ptr, where, D, BF16)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     acc = ()

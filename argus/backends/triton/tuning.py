@@ -66,12 +66,13 @@ def splits(units: int, heads: int, per_program: int, processors: int, resident: 
 def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:
     """Channels of a program of the merge, answers that it takes at once, and its warps.
 
-    Where answers are turned back it takes `whole` tokens of each to make some channels: many, as each program reads all.
+    Where answers are turned back every program reads all channels of them, padded to `whole`, so there are fewer programs.
     """
-    chunk = min(32 if whole else 16, power(dim))
-    at_once = min(512, max(2, power(slots)))
+    at_once = max(2, power(slots))
     if whole:
-        return chunk, min(at_once, max(2, 8192 // whole)), 8
+        at_once = min(at_once, 32768 // whole)
+        return min(32, whole), at_once, max(4, min(16, at_once * whole // 2048))
+    chunk, at_once = min(16, power(dim)), min(512, at_once)
     return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
 
 
