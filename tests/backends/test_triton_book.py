@@ -210,6 +210,6 @@ def test_books_are_kept_once_and_counted() -> None:
 
 def test_a_book_is_laid_by_bytes() -> None:
     levels = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    words = lay_book(levels).view(torch.uint8).view(2, 8)
+    words = lay_book(levels)[5].view(torch.uint8).view(2, 8)
     assert torch.equal((words[0].short() | words[1].short() << 8), levels.half().view(torch.int16))
-    assert torch.equal(lay_book(levels[:2]).view(torch.uint8).view(2, 8)[:, :2], words[:, :2])
+    assert torch.equal(lay_book(levels[:2])[0].view(torch.uint8).view(2, 8)[:, :2], words[:, :2])

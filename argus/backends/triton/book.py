@@ -82,6 +82,15 @@ def _digits(words, channel, J: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
+def _book(laid, BITS: tl.constexpr):
+    """Low bytes of levels, two words, and high bytes; of up to four levels the second word is not read."""
+    w = _load4(laid.to(tl.int64) + tl.arange(0, 32) * 16)
+    if BITS < 3:
+        w = (w[0], w[0], w[2], w[2])
+    return w
+
+
+@triton.jit
 def _levels(digits, book, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """Levels of eight codes as four words: of every four, those that FIRST pairs and those that SECOND pairs."""
     words = ()
@@ -174,8 +183,8 @@ def _book_share(
     t = lane % 4
     row = where[1] + t
     b = _queries(source[4], where, D, False)
-    k_book = _load4(source[2].to(tl.int64) + lane * 0)
-    v_book = _load4(source[3].to(tl.int64) + lane * 0)
+    k_book = _book(source[2], KBITS)
+    v_book = _book(source[3], VBITS)
     m = tl.full((32,), float("-inf"), tl.float32)
     zero = tl.zeros((32,), tl.float32)
     total = zero

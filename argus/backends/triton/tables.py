@@ -137,10 +137,13 @@ Lay = Callable[[Any, bool, Segment], Tensor]
 
 
 def lay_book(levels: Tensor) -> Tensor:
-    """Words of up to eight levels in FP16, the low bytes of all and then the high bytes: ``[4]`` int32."""
+    """Words of up to eight levels in FP16, the low bytes of all and then the high bytes: ``[32, 4]`` int32, a row a lane.
+
+    Words that all lanes read from one place would go to uniform registers, and be copied from there for every ``prmt``.
+    """
     halves = torch.zeros(8, dtype=torch.float16, device=levels.device)
     halves[: len(levels)] = levels
-    return halves.view(torch.uint8).view(8, 2).T.contiguous().view(-1).view(torch.int32)
+    return halves.view(torch.uint8).view(8, 2).T.reshape(1, 16).repeat(32, 1).view(torch.int32)
 
 
 def lay(form: Projected | Loaded, back: bool, like: Segment) -> Tensor:

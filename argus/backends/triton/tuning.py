@@ -107,6 +107,8 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
     if dim > 128:
         return None
     shares = {share for share, _ in jobs}
+    if "book" in shares and shares <= {"book", "dense"}:
+        return 128
     codes = [constants for share, constants in jobs if share == "codes"]
     if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
         return 112 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128
