@@ -174,6 +174,9 @@ def test_turned_answers_are_as_those_that_torch_turns(monkeypatch: pytest.Monkey
     case = Ladder((*AFFINE, 2), (tier, tier, 3))
     monkeypatch.setattr(tuning, "resident", lambda *_: 8)
     merged = case.backend.attend(case.query, case.segments, case.dense)
+    # Fewer answers at once than there are.
+    monkeypatch.setattr(tuning, "merging", lambda *_: (16, 2, 4))
+    torch.testing.assert_close(merged, case.backend.attend(case.query, case.segments, case.dense), rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(launch, "turned_first", lambda jobs: jobs)
     torch.testing.assert_close(merged, case.backend.attend(case.query, case.segments, case.dense), rtol=1e-5, atol=1e-5)
 
