@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected, Segment
-from argus.backends.triton.forms import booked
+from argus.backends.triton.forms import booked, own
 from argus.backends.triton.fragments import fragments
 from argus.backends.triton.layout import BLOCK
 from argus.backends.triton.tuning import FEW_PAGES
@@ -146,11 +146,11 @@ def lay_book(levels: Tensor) -> Tensor:
     return halves.view(torch.uint8).view(8, 2).T.reshape(1, 16).repeat(32, 1).view(torch.int32)
 
 
-def lay(form: Projected | Loaded, back: bool, like: Segment) -> Tensor:
-    """The projection or the codebook of `form` for pages as those of `like`."""
-    if isinstance(form, Loaded):
-        assert form.own is not None
-        return lay_book(form.own(like.positions))
+def lay(form: Any, back: bool, like: Segment) -> Tensor:
+    """The codebook or the projection of `form` for pages as those of `like`."""
+    levels = own(form, like.positions)
+    if levels is not None:
+        return lay_book(levels)
     return fragments(form.matrix(like.page_size, like.positions), float(form.ratio) if form.unbiased else 1.0, back)
 
 
