@@ -109,12 +109,17 @@ class Loaded:
         ``own(like)``: a tensor on the device of ``like`` that all pages share, such as a codebook.
     rotation : callable or None
         ``rotation(dim, like)``: ``R [D, D]`` float32, orthonormal, on the device of ``like``; None: ``x = y``.
+    book : bool
+        ``y`` is ``own[code] * scale``, with codes of ``option`` bits that :func:`argus.backends.cpu.pack` packed along
+        channels, and one FP16 ``scale`` a token. A backend may then read codes of up to 3 bits without ``load``, levels
+        rounded to FP16.
     """
 
     load: Callable[[], Any]
     option: int = 0
     own: Callable[[Tensor], Tensor] | None = None
     rotation: Callable[[int, Tensor], Tensor] | None = None
+    book: bool = False
 
 
 def grouped(x: Tensor, axis: Axis, group: int | None) -> tuple[Tensor, int]:

@@ -88,6 +88,7 @@ def as_bytes(x: np.ndarray, kind: type = np.uint8) -> np.ndarray:
 
 
 def prmt(a: np.ndarray, b: np.ndarray, which: np.ndarray) -> np.ndarray:
+    assert not (which & 0x8888).any(), "a digit of 8 or more spreads a sign"
     pool = np.concatenate([as_bytes(a), as_bytes(b)], 1)
     picks = np.stack([(which >> (4 * i)) & 7 for i in range(4)], 1)
     return np.ascontiguousarray(np.take_along_axis(pool, picks, 1)).view(np.int32)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +50,19 @@ def own(form: object, like: Tensor) -> Tensor | None:
     return form.own(like) if isinstance(form, Loaded) and form.own is not None else None
 
 
+def booked(form: object) -> bool:
+    """Whether a kernel looks codes of a form up in registers."""
+    return isinstance(form, Loaded) and form.book and form.own is not None and 1 <= form.option <= 3
+
+
+def rotation(form: object) -> Callable[[int, Tensor], Tensor] | None:
+    """The rotation that makes numbers of what a kernel reads."""
+    return form.rotation if isinstance(form, Loaded) else None
+
+
 def rotates(form: object) -> bool:
     """Whether a kernel reads rotated numbers."""
-    return isinstance(form, Loaded) and form.rotation is not None
+    return rotation(form) is not None
 
 
 def turned(form: object, rows: Tensor) -> Tensor:

@@ -48,6 +48,36 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
 
 
 @triton.jit
+def _queries(q_ptr, where, D: tl.constexpr, BF16: tl.constexpr):
+    """Four rows of a head as the second factor of products with tokens: high parts in a column, low parts in the next."""
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+    part = g % 2
+    # Rows beyond the last repeat it; nothing of them is stored.
+    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
+    q_at = q_ptr.to(tl.int64) + ((where[0] * where[2] + q_row) * D + t * 8) * 4
+    b = ()
+    for i in tl.static_range(D // 16):
+        piece = _load4(q_at + (i // 2) * 128 + (i % 2) * 16)
+        for j in tl.static_range(2):
+            high0, rest0 = _short(piece[2 * j].to(tl.float32, bitcast=True), BF16)
+            high1, rest1 = _short(piece[2 * j + 1].to(tl.float32, bitcast=True), BF16)
+            low0, none = _short(rest0, BF16)
+            low1, none = _short(rest1, BF16)
+            b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
+    return b
+
+
+@triton.jit
+def _weights(p, BF16: tl.constexpr):
+    """Weights of tokens ``g`` for rows ``t`` as the second factor of products with values, in two parts like queries."""
+    high, rest = _short(p, BF16)
+    low, none = _short(rest, BF16)
+    return _transposed(high | (low << 16))
+
+
+@triton.jit
 def _halves_share(
     q_ptr, source, at, where, mask, lowest, latest, cap, begin_unit, end_unit,
     P: tl.constexpr, D: tl.constexpr, U: tl.constexpr, BF16: tl.constexpr, DENSE: tl.constexpr, PLACED: tl.constexpr,
@@ -64,20 +94,8 @@ def _halves_share(
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
-    part = g % 2
     row = where[1] + t
-    # Rows beyond the last repeat it; nothing of them is stored.
-    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
-    q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * 8) * 4
-    b = ()
-    for i in tl.static_range(D // 16):
-        piece = _load4(q_at + (i // 2) * 128 + (i % 2) * 16)
-        for j in tl.static_range(2):
-            high0, rest0 = _short(piece[2 * j].to(tl.float32, bitcast=True), BF16)
-            high1, rest1 = _short(piece[2 * j + 1].to(tl.float32, bitcast=True), BF16)
-            low0, none = _short(rest0, BF16)
-            low1, none = _short(rest1, BF16)
-            b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
+    b = _queries(q_ptr, where, D, BF16)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     acc = ()
@@ -174,9 +192,7 @@ def _halves_share(
         for i in tl.static_range(2 * U):
             p = tl.exp2(scores[i] - safe)
             total += p
-            high, rest = _short(p, BF16)
-            low, none = _short(rest, BF16)
-            weigh = weigh + (_transposed(high | (low << 16)),)
+            weigh = weigh + (_weights(p, BF16),)
         new = ()
         for h in tl.static_range(D // 64):
             for j in tl.static_range(4):

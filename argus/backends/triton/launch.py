@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Affine, Dense, Float8, Plain
+from argus.backends.base import Affine, Dense, Float8, Plain, Projected
 from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
 from argus.backends.triton.dispatch import Dispatch, constants
@@ -19,7 +19,14 @@ from argus.backends.triton.tables import FIELDS, Run
 
 ROWS = 4
 """Rows that a warp answers for."""
-SHARES = {"codes": fused.CODES, "projected": fused.PROJECTED, "pages": fused.PAGES, "dense": fused.DENSE, "few": fused.FEW}
+SHARES = {
+    "codes": fused.CODES,
+    "projected": fused.PROJECTED,
+    "pages": fused.PAGES,
+    "dense": fused.DENSE,
+    "few": fused.FEW,
+    "book": fused.BOOK,
+}
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,10 @@ class Job:
     Attributes
     ----------
     part : Run or Dense
-    share : {"codes", "projected", "pages", "dense", "few", "any"}
+    share : {"codes", "projected", "pages", "dense", "few", "book", "any"}
         Which share of the fused kernel: integer tensor cores on codes in fragment order; projected pages; pages of 16-bit
-        tokens or E4M3 codes; 16-bit tokens in a row; few pages of codes of different widths. ``any``: a launch of its own, for
-        anything, decoded in registers.
+        tokens or E4M3 codes; 16-bit tokens in a row; few pages of codes of different widths; codes of a codebook. ``any``: a
+        launch of its own, for anything, decoded in registers.
     units : int
         Units of work of that kernel.
     constants : tuple
@@ -89,6 +96,8 @@ class Job:
         Of a unit, in the time that 64 tokens of 2-bit codes take.
     first, splits : int
         Programs a head: the first that answers for it, and how many. Small parts may have one together.
+    turned : bool
+        Whether the merge turns its answers back, by the rotation that all such jobs share; they come first.
     """
 
     part: Run | Dense
@@ -98,13 +107,14 @@ class Job:
     cost: float = 1.0
     first: int = 0
     splits: int = 1
+    turned: bool = False
 
 
 def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
     """The jobs that answer `query` for all parts: those of the fused kernel, in order, and then the others."""
     batch, heads, rows, dim = query.rows.shape
     processors = tuning.processors(query.rows.device)
-    jobs = [job_of(query, one) for part in parts for one in apart(query, part)]
+    jobs = turned_first([job_of(query, one) for part in parts for one in apart(query, part)])
     fused = [job for job in jobs if job.share != "any"]
     resident = tuning.resident([(job.share, job.constants) for job in fused], dim)
     room = max(1, processors * resident // (batch * heads * tuning.over(rows, ROWS)))
@@ -115,6 +125,17 @@ def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
             least = 128 if isinstance(job.part, Dense) else 1
             out.append(replace(job, splits=tuning.splits(job.units, batch * heads, least, processors, 4)))
     return out
+
+
+def turned_first(jobs: list[Job]) -> list[Job]:
+    """The same jobs, those first whose answers the merge turns back: of codebooks, with the rotation of the first such."""
+    rotations = [forms.rotation(job.part.value_form) for job in jobs if job.share == "book"]
+    one = next((rotation for rotation in rotations if rotation is not None), None)
+    if one is None:
+        return jobs
+    turned = [job.share == "book" and forms.rotation(job.part.value_form) == one for job in jobs]
+    first = [replace(job, turned=True) for job, yes in zip(jobs, turned, strict=True) if yes]
+    return first + [job for job, yes in zip(jobs, turned, strict=True) if not yes]
 
 
 def apart(query: Query, part: Run | Dense) -> tuple[Run | Dense, ...]:
@@ -147,7 +168,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         return Job(part, "any", tokens)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
-    if part.matrices:
+    if isinstance(part.key_form, Projected):
         rows = part.keys["scale"].shape[-2]
         return Job(part, "projected", part.pages, (rows, mask, part.exact), tuning.PROJECTED)
     key, value, page = part.key_form, part.value_form, part.page
@@ -156,6 +177,10 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         facts = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
         return Job(part, "codes", part.pages * (page // layout.BLOCK), facts, tuning.codes(key.bits, value.bits))
     tiles = tuning.half_tiles(dim, part.pages)
+    if in_book(part, dim):
+        tiles = tiles if page % (16 * tiles) == 0 else 1
+        facts = (page, tiles, key.option, value.option, mask, part.exact)
+        return Job(part, "book", part.pages * (page // (16 * tiles)), facts, tiles * tuning.BOOK)
     if in_pages(part, dim, 16 * tiles):
         coded = isinstance(key, Float8)
         scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
@@ -200,30 +225,37 @@ def in_pages(run: Run, dim: int, unit: int) -> bool:
     return all(isinstance(form, Plain) for form in forms) and len(kinds) == 1 and in_halves(kinds.pop(), dim)
 
 
+def in_book(run: Run, dim: int) -> bool:
+    """Whether codes of `run` are looked up in registers."""
+    return forms.booked(run.key_form) and forms.booked(run.value_form) and run.page % 16 == 0 and dim % 64 == 0
+
+
 def odd(number: int) -> int:
     """A number as the fused kernel takes it: Triton compiles anew for integers in a tuple that are 1 or divide by 16."""
     return 2 * number + 3
 
 
 def answer_all(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: Dispatch) -> int:
-    """Answer for all parts into slots from the first on, and tell the next free slot."""
-    slot = 0
+    """Answer for all parts into slots from the first on, in their order, and tell the next free slot."""
+    fused = [job for job in jobs if job.share != "any"]
+    slot = sum(job.splits for job in fused)
     for job in jobs:
         if job.share == "any":
             (_answer_dense if isinstance(job.part, Dense) else _answer_pages)(query, job, work, slot)
             slot += job.splits
-    return _answer_fused(query, [job for job in jobs if job.share != "any"], work, slot, dispatch)
+    # Last, since the merge may begin to start while it runs.
+    if fused:
+        _answer_fused(query, fused, work, dispatch)
+    return slot
 
 
-def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int, dispatch: Dispatch) -> int:
-    if not jobs:
-        return slot
+def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: Dispatch) -> None:
     batch, heads, rows, dim = query.rows.shape
     mask = Mask.of(query, 0)
     counts, arguments, answers = [], [], 0
     for job in jobs:
         counts.append((odd(job.first), odd(job.splits), odd(job.units), odd(answers)))
-        arguments.append((_source(job.part), SHARES[job.share], constants(job.constants)))
+        arguments.append((_source(query, job), SHARES[job.share], constants(job.constants)))
         answers += job.splits
     programs = max(job.first + job.splits for job in jobs)
     registers = tuning.registers([(job.share, job.constants) for job in jobs], dim)
@@ -232,7 +264,7 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int,
         (programs, batch * heads, tuning.over(rows, ROWS)),
         (
             query.rows.contiguous(), work.out, work.lse, mask.tensor,
-            slot, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
+            0, work.out.shape[1], heads, rows, query.length, query.start, *mask.strides, mask.lowest, query.softcap or 0.0,
             tuple(counts), tuple(arguments),
         ),
         {
@@ -242,13 +274,19 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, slot: int,
         num_warps=1,
         maxnreg=registers,
     )  # fmt: skip
-    return slot + answers
+    slot = 0
+    for job in jobs:
+        if job.share == "book" and not job.turned:
+            forms.turn_back(job.part.value_form, work.out[:, slot : slot + job.splits])
+        slot += job.splits
 
 
-def _source(part: Run | Dense) -> tuple[Any, ...]:
+def _source(query: Query, job: Job) -> tuple[Any, ...]:
     """Where a share finds its part."""
+    part = job.part
     if isinstance(part, Run):
-        return (part.table, part.positions, *part.matrices)
+        found = (part.table, part.positions, *part.laid)
+        return (*found, forms.turned(part.key_form, query.rows).contiguous()) if job.share == "book" else found
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
@@ -294,19 +332,24 @@ def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
     )  # fmt: skip
 
 
-def merge(query: Query, work: Workspace, sinks: Tensor | None, dispatch: Dispatch) -> Tensor:
+def merge(query: Query, jobs: Sequence[Job], work: Workspace, sinks: Tensor | None, dispatch: Dispatch) -> Tensor:
     """The answer ``[B, H, R, D]`` float32 of all splits and the sinks."""
     batch, heads, rows, dim = query.rows.shape
     out = torch.empty_like(query.rows, memory_format=torch.contiguous_format)
-    slots, chunk = work.out.shape[1], min(16, tuning.power(dim))
-    at_once = min(512, max(2, tuning.power(slots)))
+    turned = sum(job.splits for job in jobs if job.turned)
+    slots, whole = work.out.shape[1], tuning.power(dim) if turned else 0
+    chunk, at_once, warps = tuning.merging(slots, dim, whole)
     early = query.rows.is_cuda
+    turn = forms.rotation(jobs[0].part.value_form)(dim, query.rows).contiguous() if turned else work.out
     dispatch.launch(
         _merge_kernel,
         (batch * heads, rows, tuning.over(dim, chunk)),
-        (work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length),
-        {"D": dim, "CB": chunk, "NB": at_once, "SINKS": sinks is not None, "EARLY": early},
-        num_warps=max(1, min(8, at_once * chunk // 1024)),
+        (
+            work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, turn,
+            slots, heads, rows, query.length, turned,
+        ),
+        {"D": dim, "CB": chunk, "NB": at_once, "DB": whole, "SINKS": sinks is not None, "EARLY": early},
+        num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )
     return out

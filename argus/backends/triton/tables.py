@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected, Segment
+from argus.backends.triton.forms import booked, own
 from argus.backends.triton.fragments import fragments
 from argus.backends.triton.layout import BLOCK
 from argus.backends.triton.tuning import FEW_PAGES
@@ -41,9 +43,9 @@ class Run:
         The largest position held, in tokens.
     exact : bool
         Whether tokens may be answered elsewhere.
-    matrices : tuple of Tensor
-        Projections of keys and of values, where pages are projected, as :func:`~argus.backends.triton.fragments.fragments`
-        lays them.
+    laid : tuple of Tensor
+        What all pages share, of keys and of values: projections, as :func:`~argus.backends.triton.fragments.fragments` lays
+        them, or codebooks, as :func:`lay_book` does.
     members : tuple of Run
         Several stages with few pages each, in one table that tells each page's form; the forms above are those of the first.
     """
@@ -57,7 +59,7 @@ class Run:
     page: int
     last: int
     exact: bool
-    matrices: tuple[Tensor, ...] = ()
+    laid: tuple[Tensor, ...] = ()
     members: tuple[Run, ...] = ()
 
     @property
@@ -130,13 +132,31 @@ def addresses(segments: Sequence[Segment], facts: int) -> Tensor:
     return torch.cat([places, torch.full((len(places), 1), facts)], 1)
 
 
-Lay = Callable[[Projected, bool, Segment], Tensor]
-"""Lays the projection of keys (back to tokens) or of values (forth) for lanes."""
+Lay = Callable[[Any, bool, Segment], Tensor]
+"""Lays what all pages of a form share for lanes, of keys (back to tokens, where they are projected) or of values (forth)."""
 
 
-def lay(form: Projected, back: bool, like: Segment) -> Tensor:
-    """The projection of `form` for pages as those of `like`."""
+def lay_book(levels: Tensor) -> Tensor:
+    """Words of up to eight levels in FP16, the low bytes of all and then the high bytes: ``[32, 4]`` int32, a row a lane.
+
+    Words that all lanes read from one place would go to uniform registers, and be copied from there for every ``prmt``.
+    """
+    halves = torch.zeros(8, dtype=torch.float16, device=levels.device)
+    halves[: len(levels)] = levels
+    return halves.view(torch.uint8).view(8, 2).T.reshape(1, 16).repeat(32, 1).view(torch.int32)
+
+
+def lay(form: Any, back: bool, like: Segment) -> Tensor:
+    """The codebook or the projection of `form` for pages as those of `like`."""
+    levels = own(form, like.positions)
+    if levels is not None:
+        return lay_book(levels)
     return fragments(form.matrix(like.page_size, like.positions), float(form.ratio) if form.unbiased else 1.0, back)
+
+
+def is_laid(form: object) -> bool:
+    """Whether pages of a form share what is laid for lanes."""
+    return isinstance(form, Projected) or booked(form)
 
 
 def facts_of(key_form: object, value_form: object, page: int) -> int:
@@ -185,7 +205,7 @@ def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
-        matrices=tuple(laid(f, back, first) for f, back in ((key_form, True), (value_form, False)) if isinstance(f, Projected)),
+        laid=tuple(laid(f, back, first) for f, back in ((key_form, True), (value_form, False)) if is_laid(f)),
     )
 
 
@@ -216,7 +236,7 @@ class Tables:
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[tuple[weakref.ref[Segment], ...], Pages]] = {}
-        self._laid: dict[tuple[Projected, bool, int, torch.device], Tensor] = {}
+        self._laid: dict[tuple[object, bool, int, torch.device], Tensor] = {}
 
     def of(self, segments: Sequence[Segment]) -> Pages:
         """The tables of `segments`, made anew only when they are not those of the last time."""
@@ -233,7 +253,7 @@ class Tables:
         self._held[key] = ((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
         return pages
 
-    def _lay(self, form: Projected, back: bool, like: Segment) -> Tensor:
+    def _lay(self, form: Projected | Loaded, back: bool, like: Segment) -> Tensor:
         key = (form, back, like.page_size, like.positions.device)
         if key not in self._laid:
             self._laid[key] = lay(form, back, like)

@@ -18,9 +18,9 @@ FEW_PAGES = 8
 """Pages of a stage up to which the size of its kernel counts, not its speed: every processor fetches all code that it runs."""
 SIXTEENS = 8
 """Warps of the fused kernel a multiprocessor where all tokens have 16 bits: bytes bind, and more of them are slower."""
-PROJECTED, SIXTEEN, EIGHT, DENSE, FEW = 0.9, 1.1, 0.9, 1.2, 1.5
-"""Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, and
-of codes of any width, in that of 64 tokens of 2-bit codes. They only divide work."""
+PROJECTED, SIXTEEN, EIGHT, DENSE, FEW, BOOK = 0.9, 1.1, 0.9, 1.2, 1.5, 0.7
+"""Time that a unit takes of projected pages, of 16 tokens of pages in 16 bits and in E4M3 codes, of 16-bit tokens in a row, of
+codes of any width, and of 16 tokens of codes of a codebook, in that of 64 tokens of 2-bit codes. They only divide work."""
 
 
 CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
@@ -71,6 +71,19 @@ def splits(units: int, heads: int, per_program: int, processors: int, resident: 
     return max(1, min(most, -(-units // per_program)))
 
 
+def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:
+    """Channels of a program of the merge, answers that it takes at once, and its warps.
+
+    Where answers are turned back every program reads all channels of them, padded to `whole`, so there are fewer programs.
+    """
+    at_once = max(2, power(slots))
+    if whole:
+        at_once = min(at_once, 32768 // whole)
+        return min(32, whole), at_once, max(4, min(16, at_once * whole // 2048))
+    chunk, at_once = min(16, power(dim)), min(512, at_once)
+    return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one where kernels are interpreted."""
@@ -102,6 +115,8 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
     if dim > 128:
         return None
     shares = {share for share, _ in jobs}
+    if "book" in shares and shares <= {"book", "dense"}:
+        return 128
     codes = [constants for share, constants in jobs if share == "codes"]
     if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
         return 112 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128

@@ -130,7 +130,7 @@ class Rotation(Tier):
         return turned @ self.rotation(codes.shape[-1], codes)
 
     def form(self, role: Role) -> Loaded:
-        return Loaded(kernel, self.config.bits, self.levels, self.rotation)
+        return Loaded(kernel, self.config.bits, self.levels, self.rotation, book=True)
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
         width: int = self.config.bits

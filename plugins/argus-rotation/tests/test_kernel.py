@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,14 @@ from argus_rotation.tier import Rotation, RotationConfig  # noqa: E402
 from argus.attention import Query  # noqa: E402
 from argus.backends.base import Segment  # noqa: E402
 from argus.backends.cpu import CpuBackend  # noqa: E402
+from argus.backends.triton import launch  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
 from argus.tiers.base import Tools  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[3]))
+from tests.backends.test_triton_decode import assembly  # noqa: E402
+
+__all__ = ["assembly"]
 
 DEVICE = "cuda" if CUDA else "cpu"
 BATCH, HEADS, GROUPS, PAGE = 2, 2, 2, 64
@@ -47,7 +54,7 @@ def segments(key_bits: int, value_bits: int, dim: int) -> list[Segment]:
     return made
 
 
-@pytest.mark.parametrize(("key_bits", "value_bits", "dim"), [(3, 3, 64), (4, 2, 128), (1, 4, 96)])
+@pytest.mark.parametrize(("key_bits", "value_bits", "dim"), [(3, 3, 64), (2, 2, 128), (1, 3, 64), (4, 2, 128), (1, 4, 96)])
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_attention_is_that_over_decoded_pages(
     monkeypatch: pytest.MonkeyPatch, key_bits: int, value_bits: int, dim: int, steps: int
@@ -58,8 +65,12 @@ def test_attention_is_that_over_decoded_pages(
     want = CpuBackend().attend(query, pages, [])
     if steps <= 8:
         monkeypatch.setattr(Rotation, "decode", None)  # No page is decoded.
-    found = TritonBackend().attend(query, pages, [])
+    backend = TritonBackend()
+    found = backend.attend(query, pages, [])
     assert float((found - want).norm() / want.norm()) <= 2e-3
+    # Up to 3 bits are looked up in registers, by the kernel that answers for everything.
+    [run] = backend.tables.of(pages).runs
+    assert steps > 8 or (launch.job_of(query, run).share == "book") == (max(key_bits, value_bits) < 4)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
