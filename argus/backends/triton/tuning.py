@@ -79,7 +79,7 @@ def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:
     at_once = max(2, power(slots))
     if whole:
         at_once = min(at_once, 32768 // whole)
-        return min(32, whole), at_once, max(4, min(16, at_once * whole // 2048))
+        return min(32, whole), at_once, max(4, min(16, at_once * whole // 4096))
     chunk, at_once = min(16, power(dim)), min(512, at_once)
     return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
 
@@ -115,8 +115,6 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
     if dim > 128:
         return None
     shares = {share for share, _ in jobs}
-    if "book" in shares and shares <= {"book", "dense"}:
-        return 128
     codes = [constants for share, constants in jobs if share == "codes"]
     if shares <= {"codes", "dense"} and codes and all(few(constants[1], constants[4], dim) for constants in codes):
         return 112 if all(constants[1] + constants[4] <= 4 for constants in codes) else 128
