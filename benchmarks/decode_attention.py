@@ -48,7 +48,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     shapes = sorted({(row["batch"], row["context"]) for row in rows})
     ladders = list(dict.fromkeys(row["ladder"] for row in rows))
-    figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(shapes), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(3 + 1.5 * len(shapes), 4), layout="constrained")
     width = 0.8 / len(ladders)
     colours = plt.get_cmap("tab20").colors
     for i, ladder in enumerate(ladders):
@@ -58,7 +58,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(shapes))], [f"{b} x {c // 1024}k" for b, c in shapes])
     axes.set_ylabel("speed, best FP16 kernel = 1")
-    axes.legend(ncols=3, fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path)
     plt.close(figure)
 

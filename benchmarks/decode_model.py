@@ -156,9 +156,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     model = model_of(options.layers, options.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    tried: dict[str, dict[str, float]] = {}
     for batch, context in (tuple(int(size) for size in shape.split("x")) for shape in options.shapes):
         every = fp16_times(model, batch, context, options.steps)
+        tried[f"{batch}x{context}"] = {name: time.median for name, time in every.items()}
         fp16 = min(every.values())
         told = ", ".join(f"{name} {time.median:.2f} ms" for name, time in every.items())
         print(f"{batch} x {context}: FP16 a step of {options.layers} layers: {told}")
@@ -171,7 +173,7 @@ def main() -> None:
                 f"  {one['times_fewer_bytes']:5.2f} x fewer bytes",
                 flush=True,
             )
-    common.keep("decode_model", options.out, {"layers": options.layers, "steps": options.steps}, rows)
+    common.keep("decode_model", options.out, {"layers": options.layers, "steps": options.steps, "fp16": tried}, rows)
 
 
 if __name__ == "__main__":
