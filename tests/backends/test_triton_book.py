@@ -132,6 +132,16 @@ def test_softcap_and_sinks() -> None:
     case.check(sinks=sinks)
 
 
+@pytest.mark.parametrize("size", [2e-4, 1e4])
+def test_small_and_large_values(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    values = Book(3, 64, seed=1)
+    encode = values.encode
+    monkeypatch.setattr(values, "encode", lambda x: (made := encode(x)) | {"scale": (made["scale"].float() * size).half()})
+    case = Ladder((Book(3, 64), values, 5), batch=1)
+    case.dense = []
+    case.check()
+
+
 AFFINE = Affine(4, "channel"), Affine(4, "token")
 
 
