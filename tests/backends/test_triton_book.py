@@ -19,7 +19,7 @@ from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Float8, Loaded, Plain, Segment  # noqa: E402
 from argus.backends.cpu import pack, unpack  # noqa: E402
 from argus.backends.triton import launch, tuning  # noqa: E402
-from argus.backends.triton.decode import planar  # noqa: E402
+from argus.backends.triton.planar import planar  # noqa: E402
 from argus.backends.triton.tables import lay_book  # noqa: E402
 from tests.backends.test_triton_decode import DEVICE, Case, Kept, assembly, poison  # noqa: E402
 

@@ -13,6 +13,7 @@ from argus.backends.triton.archive_codes import archive_codes
 from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _whole
 from argus.backends.triton.forms import ELEMENTS
 from argus.backends.triton.fragments import Weights
+from argus.backends.triton.planar import put_planar
 
 SLICE = 32
 """Channels that are projected at once, at most: what one warp holds of a page in registers."""
@@ -74,22 +75,6 @@ def _coded(x, scale, zero, KIND: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
-def _store_plane(
-    codes, out, held, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, SL: tl.constexpr,
-):  # fmt: skip
-    """Store one plane of slices of codes ``[M, SL]``, as :func:`argus.backends.cpu.pack` packs them."""
-    F: tl.constexpr = 8 // BITS
-    N: tl.constexpr = D // F // SL
-    for j in tl.static_range(N):
-        byte = (codes[j] >> SHIFT) & ((1 << BITS) - 1)
-        for f in tl.static_range(1, F):
-            byte |= ((codes[j + f * N] >> SHIFT) & ((1 << BITS) - 1)) << (f * BITS)
-        at = tl.arange(0, M)[:, None] * (D * TOTAL // 8) + (START + j * SL) + tl.arange(0, SL)[None, :]
-        tl.store(out + at, byte.to(tl.uint8), mask=held)
-
-
-@triton.jit
 def _archive_kernel(
     x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
     P: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, SL: tl.constexpr,
@@ -131,15 +116,7 @@ def _archive_kernel(
                 if KIND == 1:
                     tl.store(zero_ptr + at, zero, mask=(group < R // G)[:, None])
                 codes = codes + (tl.reshape(_coded(x, scale[:, None, :], zero[:, None, :], KIND, TOP), (M, SL)),)
-        out = codes_ptr + page * (R * D * BITS // 8)
-        if BITS & 8:
-            _store_plane(codes, out, held, 0, 0, 8, BITS, M, D, SL)
-        if BITS & 4:
-            _store_plane(codes, out, held, 0, 0, 4, BITS, M, D, SL)
-        if BITS & 2:
-            _store_plane(codes, out, held, (BITS & 4) * D // 8, BITS & 4, 2, BITS, M, D, SL)
-        if BITS & 1:
-            _store_plane(codes, out, held, (BITS & 6) * D // 8, BITS & 6, 1, BITS, M, D, SL)
+        put_planar(codes_ptr + page * (R * D * BITS // 8), codes, held, BITS, D)
 
 
 def archive(payload: Payload, source: object, form: Projected, laid: Weights) -> Payload | None:

@@ -9,13 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _plane_at(base, tok, ch, start, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, D: tl.constexpr, seen):
-    """Planar order: one plane's share of the codes."""
-    WIDTH: tl.constexpr = D * BITS // 8
-    byte = tl.load(base + tok * (D * TOTAL // 8) + start + ch % WIDTH, mask=seen, other=0).to(tl.int32)
-    return ((byte >> ((ch // WIDTH) * BITS)) & ((1 << BITS) - 1)) << SHIFT
+from argus.backends.triton.planar import planar
 
 
 @triton.jit
@@ -27,21 +21,6 @@ def _field_at(base, word, lane, byte, SHIFT: tl.constexpr, BITS: tl.constexpr, D
     stored = word % W
     at = ((stored // V * 32 + lane) * V + stored % V) * 4 + byte
     return ((tl.load(base + at, mask=seen, other=0).to(tl.int32) >> ((word // W) * BITS)) & ((1 << BITS) - 1)) << SHIFT
-
-
-@triton.jit
-def planar(base, tok, ch, seen, BITS: tl.constexpr, D: tl.constexpr):
-    """Codes of tokens and channels, int32, that :func:`argus.backends.cpu.pack` packed along D channels; base: uint8."""
-    code = tl.zeros(seen.shape, tl.int32)
-    if BITS & 8:
-        code |= _plane_at(base, tok, ch, 0, 0, 8, BITS, D, seen)
-    if BITS & 4:
-        code |= _plane_at(base, tok, ch, 0, 0, 4, BITS, D, seen)
-    if BITS & 2:
-        code |= _plane_at(base, tok, ch, (BITS & 4) * D // 8, BITS & 4, 2, BITS, D, seen)
-    if BITS & 1:
-        code |= _plane_at(base, tok, ch, (BITS & 6) * D // 8, BITS & 6, 1, BITS, D, seen)
-    return code
 
 
 @triton.jit

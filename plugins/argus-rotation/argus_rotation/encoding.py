@@ -10,27 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from argus.backends.base import PLANES
+from argus.backends.triton.planar import put_planar
 
 TOKENS, WARPS = 16, 1
 """Tokens of a program, and its warps."""
 WIDTH = 32
 """Channels that are coded at once, at most."""
-
-
-@triton.jit
-def _store_plane(
-    codes, out, held, START: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, TOTAL: tl.constexpr, D: tl.constexpr,
-    W: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Store one plane of slices of codes ``[T, W]``, in the order of :func:`argus.backends.cpu.pack`."""
-    F: tl.constexpr = 8 // BITS
-    N: tl.constexpr = D // F // W
-    for j in tl.static_range(N):
-        byte = (codes[j] >> SHIFT) & ((1 << BITS) - 1)
-        for f in tl.static_range(1, F):
-            byte |= ((codes[j + f * N] >> SHIFT) & ((1 << BITS) - 1)) << (f * BITS)
-        at = tl.arange(0, T)[:, None] * (D * TOTAL // 8) + (START + j * W) + tl.arange(0, W)[None, :]
-        tl.store(out + at, byte.to(tl.uint8), mask=held)
 
 
 @triton.jit
@@ -94,13 +79,7 @@ def _encode_kernel(
     codes = ()
     for j in tl.static_range(1 << LEVELS):
         codes = codes + (_code(turned[j], bounds, BITS),)
-    out = codes_ptr + first * (D * BITS // 8)
-    if BITS & 4:
-        _store_plane(codes, out, held[:, None], 0, 0, 4, BITS, D, W, T)
-    if BITS & 2:
-        _store_plane(codes, out, held[:, None], 0, 0, 2, BITS, D, W, T)
-    if BITS & 1:
-        _store_plane(codes, out, held[:, None], (BITS & 2) * D // 8, BITS & 2, 1, BITS, D, W, T)
+    put_planar(codes_ptr + first * (D * BITS // 8), codes, held[:, None], BITS, D)
 
 
 def width(dim: int, bits: int) -> int | None:

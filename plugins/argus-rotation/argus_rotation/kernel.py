@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.decode import planar
+from argus.backends.triton.planar import planar
 
 
 @triton.jit
