@@ -14,7 +14,7 @@ import triton.language as tl
 from argus.backends.triton.codec import CENTRED, _affine
 from argus.backends.triton.codes import _load_plane
 from argus.backends.triton.lanes import _half
-from argus.backends.triton.words import _across, _larger16, _put1, _put2, _put4, _put16, _smaller16, _spread, _transposed4
+from argus.backends.triton.words import _across, _larger16, _put16, _put_words, _smaller16, _spread, _transposed4
 
 
 @triton.jit
@@ -175,20 +175,6 @@ def _to_one(words, lane, first, second, held, scales, zeros, scale_ptr, zero_ptr
         h = w >> 1
         made = made + (((h & ((w & m3) | (~w & m2))) | (~h & ((w & m1) | (~w & m0)))) & 0x55555555,)
     return made
-
-
-@triton.jit
-def _put_words(base, lane, words, W: tl.constexpr):
-    """Store the W words that a lane has of a plane."""
-    if W % 4 == 0:
-        for i in tl.static_range(W // 4):
-            _put4(base + i * 512 + lane * 16, words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
-    elif W % 2 == 0:
-        for i in tl.static_range(W // 2):
-            _put2(base + i * 256 + lane * 8, words[2 * i], words[2 * i + 1])
-    else:
-        for i in tl.static_range(W):
-            _put1(base + i * 128 + lane * 4, words[i])
 
 
 @triton.jit

@@ -19,10 +19,10 @@ from argus.backends.triton.words import (
     _byte,
     _inside,
     _joined,
-    _put1,
     _put2,
     _put4,
     _put16,
+    _put_words,
     _rounded,
     _rounded_e4m3,
     _rounded_signed,
@@ -218,22 +218,10 @@ def _store_plane(
     base, lane, codes, SHIFT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, NS: tl.constexpr, N: tl.constexpr
 ):
     W: tl.constexpr = D * BITS // 16
-    if W % 4 == 0:
-        for i in tl.static_range(W // 4):
-            _put4(
-                base + i * 512 + lane * 16, _stored(codes, 4 * i, SHIFT, BITS, NS, N),
-                _stored(codes, 4 * i + 1, SHIFT, BITS, NS, N), _stored(codes, 4 * i + 2, SHIFT, BITS, NS, N),
-                _stored(codes, 4 * i + 3, SHIFT, BITS, NS, N),
-            )  # fmt: skip
-    elif W % 2 == 0:
-        for i in tl.static_range(W // 2):
-            _put2(
-                base + i * 256 + lane * 8, _stored(codes, 2 * i, SHIFT, BITS, NS, N),
-                _stored(codes, 2 * i + 1, SHIFT, BITS, NS, N),
-            )  # fmt: skip
-    else:
-        for i in tl.static_range(W):
-            _put1(base + i * 128 + lane * 4, _stored(codes, i, SHIFT, BITS, NS, N))
+    words = ()
+    for i in tl.static_range(W):
+        words = words + (_stored(codes, i, SHIFT, BITS, NS, N),)
+    _put_words(base, lane, words, W)
 
 
 @triton.jit

@@ -224,6 +224,20 @@ def _put1(at, a):
 
 
 @triton.jit
+def _put_words(base, lane, words, W: tl.constexpr):
+    """Store the W words that a lane has of a plane."""
+    if W % 4 == 0:
+        for i in tl.static_range(W // 4):
+            _put4(base + i * 512 + lane * 16, words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
+    elif W % 2 == 0:
+        for i in tl.static_range(W // 2):
+            _put2(base + i * 256 + lane * 8, words[2 * i], words[2 * i + 1])
+    else:
+        for i in tl.static_range(W):
+            _put1(base + i * 128 + lane * 4, words[i])
+
+
+@triton.jit
 def _put16(at, x, held):
     """Store the low half of a word where `held`."""
     return tl.inline_asm_elementwise(
