@@ -10,10 +10,11 @@ from torch import Tensor
 from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
 from argus.backends.triton.archive_codes import archive_codes
-from argus.backends.triton.codec import _affine, _code, _grid, _over, _round_up, _rounded_even, _whole
+from argus.backends.triton.codec import _grid, _whole
 from argus.backends.triton.forms import ELEMENTS
 from argus.backends.triton.fragments import Weights
 from argus.backends.triton.planar import put_planar
+from argus.backends.triton.rounding import _affine, _code, _over, _round_up, _rounded_even
 
 SLICE = 32
 """Channels that are projected at once, at most: what one warp holds of a page in registers."""

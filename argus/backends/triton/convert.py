@@ -8,7 +8,8 @@ import torch
 
 from argus.backends.base import Affine, Float8, Payload, Plain
 from argus.backends.triton import layout, narrow, recode, tuning
-from argus.backends.triton.codec import INTERPRETED, kind_of, shape_of
+from argus.backends.triton.codec import kind_of, shape_of
+from argus.backends.triton.rounding import INTERPRETED
 
 ASSEMBLED = not INTERPRETED
 """Whether inline assembly runs: the interpreter knows none."""

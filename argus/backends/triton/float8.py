@@ -9,7 +9,8 @@ from torch import Tensor
 
 from argus.backends.base import Float8, Payload
 from argus.backends.triton import tuning
-from argus.backends.triton.codec import FP8_MAX, INTERPRETED, _grid, _over, _round_up, _whole
+from argus.backends.triton.codec import _grid, _whole
+from argus.backends.triton.rounding import FP8_MAX, INTERPRETED, _over, _round_up
 
 
 @triton.jit

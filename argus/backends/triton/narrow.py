@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codec import CENTRED, _affine
 from argus.backends.triton.codes import _load_plane
 from argus.backends.triton.lanes import _half
+from argus.backends.triton.rounding import CENTRED, _affine
 from argus.backends.triton.words import _across, _larger16, _put16, _put_words, _smaller16, _spread, _transposed4
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codec import _affine
 from argus.backends.triton.lanes import _load1, _mma, _mma_right, _xor
+from argus.backends.triton.rounding import _affine
 from argus.backends.triton.words import _put16, _put_some1, _put_some2, _put_some4, _rounded, _traded
 
 UNIT = tl.constexpr(64)

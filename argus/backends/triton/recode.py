@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.codec import FLOATING, FP8_MAX, RANGE, _affine, _over, _round_up
 from argus.backends.triton.codes import _load_block, _quarters, _word
 from argus.backends.triton.lanes import _from_e4m3, _half, _halves, _load1, _load2, _load4, _load16
+from argus.backends.triton.rounding import FLOATING, FP8_MAX, RANGE, _affine, _over, _round_up
 from argus.backends.triton.words import (
     _across,
     _byte,

@@ -1,0 +1,63 @@
+"""Rounding as the oracle rounds: quotients as divisions give them, scales up to FP16, codes to the even."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+FP8_MAX = tl.constexpr(448.0)
+RANGE, SYMMETRIC, CENTRED, FLOATING = (tl.constexpr(i) for i in range(4))
+"""How numbers are quantized: from the least to the greatest, about zero, to both sides of the mean, or to E4M3."""
+DIVIDES = tl.constexpr(INTERPRETED)
+"""Whether quotients are divisions: the interpreter rounds a fused multiplication and addition twice."""
+
+
+@triton.jit
+def _round_up(x):
+    """The smallest float16 not below x."""
+    half = x.to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True)
+    step = tl.where(bits < 0, -1, 1).to(tl.int16)
+    return tl.where(half.to(tl.float32) < x, bits + step, bits).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _round_even(x):
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _rounded_even(x):
+    """The integer nearest to x, int32, for x below 2^22 in size: 1.5 * 2^23 leaves it in the low bits of the sum."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _over(x, step):
+    """x over step, a number of at most FP16's bits, as a division rounds it.
+
+    See :func:`argus.backends.triton.words._rounded` for why one correction is enough.
+    """
+    if DIVIDES:
+        q = tl.div_rn(x, x * 0.0 + step)
+    else:
+        inverse = 1.0 / step
+        q = x * inverse
+        # Signs so that a zero keeps its own; Triton's minus is 0 - x, which does not.
+        q = tl.fma(tl.fma(step, q, x * -1.0) * -1.0, inverse, q)
+    return q
+
+
+@triton.jit
+def _affine(low, high, TOP: tl.constexpr):
+    """Scale and zero, float16, of groups that reach from low to high."""
+    zero = -_round_up(-low)
+    return _round_up(_over(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
+
+
+@triton.jit
+def _code(x, scale, zero, TOP: tl.constexpr):
+    step = scale.to(tl.float32)
+    step = tl.where(step == 0.0, 1.0, step)
+    return tl.minimum(tl.maximum(_rounded_even(_over(x - zero.to(tl.float32), step)), 0), TOP)
