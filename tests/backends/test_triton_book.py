@@ -21,7 +21,7 @@ from argus.backends.cpu import pack, unpack  # noqa: E402
 from argus.backends.triton import launch, tuning  # noqa: E402
 from argus.backends.triton.planar import planar  # noqa: E402
 from argus.backends.triton.tables import lay_book  # noqa: E402
-from tests.backends.test_triton_decode import DEVICE, Case, Kept, assembly, poison  # noqa: E402
+from tests.backends.decoding import DEVICE, Case, Kept, assembly, poison  # noqa: E402
 
 __all__ = ["assembly", "poison"]
 

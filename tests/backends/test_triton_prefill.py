@@ -25,7 +25,7 @@ from argus.backends.triton.sight import Sight, Sights, survey  # noqa: E402
 from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
 from argus.engine import LayerCache  # noqa: E402
-from tests.backends.test_triton_decode import BOUND, DEVICE, FORMS, Case, KeptProjection  # noqa: E402
+from tests.backends.decoding import BOUND, DEVICE, FORMS, Case, KeptProjection  # noqa: E402
 
 INT4 = (Affine(4, "channel"), Affine(4, "token"))
 

@@ -24,7 +24,7 @@ from argus.backends.triton.backend import TritonBackend  # noqa: E402
 from argus.tiers.base import Tools  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[3]))
-from tests.backends.test_triton_decode import assembly  # noqa: E402
+from tests.backends.decoding import assembly  # noqa: E402
 
 __all__ = ["assembly"]
 
