@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from argus.backends.base import PREFIX, Affine, Payload, Plain, Projected
+from argus.backends.base import PLANES, PREFIX, Affine, Payload, Plain, Projected
 from argus.backends.triton import layout, tuning
 from argus.backends.triton.archive_codes import archive_codes
-from argus.backends.triton.codec import _grid, _whole
+from argus.backends.triton.codec import _grid, _whole, kind_of
 from argus.backends.triton.forms import ELEMENTS
 from argus.backends.triton.fragments import Weights
 from argus.backends.triton.planar import put_planar
-from argus.backends.triton.rounding import _affine, _code, _over, _round_up, _rounded_even
+from argus.backends.triton.rounding import RANGE, SYMMETRIC, _affine, _coded, _over, _round_up
 
 SLICE = 32
 """Channels that are projected at once, at most: what one warp holds of a page in registers."""
@@ -54,8 +54,8 @@ def _projected(x_ptr, w, mean_ptr, P: tl.constexpr, D: tl.constexpr, SL: tl.cons
 
 @triton.jit
 def _steps(low, high, KIND: tl.constexpr, TOP: tl.constexpr):
-    """Scale and zero of groups that reach from low to high; KIND 2: about zero."""
-    if KIND == 2:
+    """Scale and zero of groups that reach from low to high."""
+    if KIND == SYMMETRIC:
         largest = tl.maximum(-low, high)
         scale = _round_up(_over(largest, largest * 0.0 + (TOP >> 1)))
         zero = scale
@@ -65,23 +65,12 @@ def _steps(low, high, KIND: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
-def _coded(x, scale, zero, KIND: tl.constexpr, TOP: tl.constexpr):
-    if KIND == 2:
-        step = scale.to(tl.float32)
-        step = tl.where(step == 0.0, 1.0, step)
-        code = tl.minimum(tl.maximum(_rounded_even(_over(x, step)), -(TOP >> 1)), TOP >> 1) & 255
-    else:
-        code = _code(x, scale, zero, TOP)
-    return code
-
-
-@triton.jit
 def _archive_kernel(
     x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
     P: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, SL: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Archive one page of one head, R rows of M; KIND 0: plain coefficients, 1: affine, 2: symmetric."""
+    """Archive one page of one head, R rows of M. BITS 0: plain coefficients."""
     page = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, M)
     held = (row < R)[:, None]
@@ -91,7 +80,7 @@ def _archive_kernel(
     parts = ()
     for j in tl.static_range(N):
         parts = parts + (_projected(x_ptr + page * P * D + j * SL, w, mean_ptr + page * D + j * SL, P, D, SL),)
-    if KIND == 0:
+    if BITS == 0:
         for j in tl.static_range(N):
             at = page * R * D + row[:, None] * D + j * SL + tl.arange(0, SL)[None, :]
             tl.store(codes_ptr + at, parts[j], mask=held)
@@ -103,7 +92,7 @@ def _archive_kernel(
                 low, high = tl.minimum(low, tl.min(parts[j], 1)), tl.maximum(high, tl.max(parts[j], 1))
             scale, zero = _steps(low, high, KIND, TOP)
             tl.store(scale_ptr + page * R + row, scale, mask=row < R)
-            if KIND == 1:
+            if KIND == RANGE:
                 tl.store(zero_ptr + page * R + row, zero, mask=row < R)
             for j in tl.static_range(N):
                 codes = codes + (_coded(parts[j], scale[:, None], zero[:, None], KIND, TOP),)
@@ -114,7 +103,7 @@ def _archive_kernel(
                 scale, zero = _steps(tl.min(x, 1), tl.max(x, 1), KIND, TOP)
                 at = (page * (R // G) + group[:, None]) * D + j * SL + tl.arange(0, SL)[None, :]
                 tl.store(scale_ptr + at, scale, mask=(group < R // G)[:, None])
-                if KIND == 1:
+                if KIND == RANGE:
                     tl.store(zero_ptr + at, zero, mask=(group < R // G)[:, None])
                 codes = codes + (tl.reshape(_coded(x, scale[:, None, :], zero[:, None, :], KIND, TOP), (M, SL)),)
         put_planar(codes_ptr + page * (R * D * BITS // 8), codes, held, BITS, D)
@@ -151,8 +140,7 @@ def archive(payload: Payload, source: object, form: Projected, laid: Weights) ->
     width = min(SLICE, dim)
     if isinstance(inner, Affine) and not inner.centred:
         length, shape = _grid(inner, torch.empty(*head, rows, dim, device="meta"))
-        narrowest = next(bits for bits in (1, 2, 4, 8) if inner.bits & bits)
-        width = min(width, dim * narrowest // 8)
+        width = min(width, dim * min(PLANES[inner.bits]) // 8)
         if not _whole(length) or (inner.axis == "token" and length != dim):
             return None
         kind = torch.int8 if inner.symmetric else torch.uint8
@@ -160,13 +148,13 @@ def archive(payload: Payload, source: object, form: Projected, laid: Weights) ->
         kept["scale"] = torch.empty(shape, dtype=torch.float16, device=x.device)
         if not inner.symmetric:
             kept["zero"] = torch.empty_like(kept["scale"])
-        writing = (2 if inner.symmetric else 1, inner.bits, inner.axis == "token", length)
+        writing = (kind_of(inner), inner.bits, inner.axis == "token", length)
     elif isinstance(inner, Plain):
         dtype = torch.float32 if inner.dtype is None else inner.dtype
         if dtype not in ELEMENTS:
             return None
         kept["codes"] = torch.empty(*head, rows, dim, dtype=dtype, device=x.device)
-        writing = (0, 8, False, 1)
+        writing = (RANGE.value, 0, False, 1)
     else:
         return None
     if width < 8:
@@ -188,8 +176,8 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
     rows = matrix.shape[0]
     x, matrix = x.contiguous(), matrix.to(torch.float32).contiguous()
     out = torch.empty(*head, rows, dim, dtype=torch.float32, device=x.device)
-    mb, pb, db = (max(16, min(64, triton.next_power_of_2(size))) for size in (rows, tokens, dim))
+    mb, pb, db = (max(16, min(64, tuning.power(size))) for size in (rows, tokens, dim))
     if out.numel():
-        grid = (x.numel() // (tokens * dim), triton.cdiv(rows, mb), triton.cdiv(dim, db))
+        grid = (x.numel() // (tokens * dim), tuning.over(rows, mb), tuning.over(dim, db))
         _project_kernel[grid](x, matrix, out, rows, tokens, dim, mb, pb, db)
     return out

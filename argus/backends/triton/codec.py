@@ -18,10 +18,10 @@ from argus.backends.triton.rounding import (
     SYMMETRIC,
     _affine,
     _code,
+    _coded,
     _over,
     _round_even,
     _round_up,
-    _rounded_even,
 )
 
 
@@ -149,9 +149,8 @@ def _page_kernel(
         HALF: tl.constexpr = TOP >> 1
         largest = tl.max(tl.abs(parts), AXIS)
         scale = _round_up(_over(largest, largest * 0.0 + HALF))
-        step = tl.expand_dims(scale, AXIS).to(tl.float32)
-        step = tl.where(step == 0.0, 1.0, step)
-        code = tl.minimum(tl.maximum(_rounded_even(_over(parts, step)), -HALF), HALF) & 255
+        zero = scale
+        code = _coded(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), KIND, TOP)
     elif KIND == CENTRED:
         centre = _mean(parts, AXIS, G)
         rest = parts - tl.expand_dims(centre, AXIS)
@@ -162,7 +161,7 @@ def _page_kernel(
     else:
         scale, zero = _affine(tl.min(parts, AXIS), tl.max(parts, AXIS), TOP)
         tl.store(zero_ptr + to, zero)
-        code = _code(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), TOP)
+        code = _coded(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), KIND, TOP)
     tl.store(scale_ptr + to, scale)
     _pack(tl.reshape(code, (P, D)), codes_ptr + page * (P * D * BITS // 32), TOKENS, BITS, P, D)
 

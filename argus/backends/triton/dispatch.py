@@ -45,7 +45,8 @@ def kind_of(arguments: Sequence[Any], told: list[Any]) -> list[Any]:
 class Dispatch:
     """Compiled kernels, by what they were compiled for.
 
-    Integers among the arguments of its kernels are not specialized: ``do_not_specialize`` says so, or :func:`odd` hides it.
+    Integers among the arguments of its kernels are not specialized: ``do_not_specialize`` says so, or ``launch.odd`` hides
+    what they are.
     """
 
     def __init__(self) -> None:

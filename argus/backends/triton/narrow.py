@@ -14,7 +14,7 @@ import triton.language as tl
 from argus.backends.triton.codes import _load_plane
 from argus.backends.triton.lanes import _half
 from argus.backends.triton.rounding import CENTRED, _affine
-from argus.backends.triton.words import _across, _larger16, _put16, _put_words, _smaller16, _spread, _transposed4
+from argus.backends.triton.words import _across, _larger16, _owned, _put16, _put_words, _smaller16, _spread, _transposed4
 
 
 @triton.jit
@@ -188,15 +188,7 @@ def _narrow_kernel(
     BITS: tl.constexpr = 2 if KIND == CENTRED else 4
     NS: tl.constexpr = 4 if TOKENS else D // 16
     PER: tl.constexpr = 4 if TOKENS else 8
-    L1: tl.constexpr = 16 if TOKENS else 4
-    first = (lane & L1) != 0
-    second = (lane & 8) != 0
-    held = (lane & (4 if TOKENS else (16 if G == 64 else 0))) == 0
-    mine = first.to(tl.int32) + 2 * second.to(tl.int32)
-    if TOKENS:
-        at = (unit * 64 + lane % 4 * 16 + mine // 2 * 8 + mine % 2) * 2
-    else:
-        at = ((unit * (64 // G) + lane // 4 * 8 // G) * D + lane % 4 * (D // 4) + mine) * 2
+    first, second, held, at = _owned(lane, unit, D, TOKENS, G)
     words = _load_plane(from_ptr.to(tl.int64) + unit * (8 * D * BITS), lane, BITS, D)
     scales, zeros = from_scale.to(tl.int64) + at, from_zero.to(tl.int64) + at
     to, base = scale_ptr.to(tl.int64) + at, zero_ptr.to(tl.int64) + at

@@ -19,6 +19,7 @@ from argus.backends.triton.words import (
     _byte,
     _inside,
     _joined,
+    _owned,
     _put2,
     _put4,
     _put16,
@@ -251,16 +252,7 @@ def _recode_kernel(
     lane = tl.arange(0, 32)
     NS: tl.constexpr = 4 if TOKENS else D // 16
     N: tl.constexpr = D // 8 if TOKENS else 8
-    L1: tl.constexpr = 16 if TOKENS else 4
-    first = (lane & L1) != 0
-    second = (lane & 8) != 0
-    # One lane of each pair that :func:`_across` left with the same group stores its scale.
-    held = (lane & (4 if TOKENS else (16 if G == 64 else 0))) == 0
-    mine = first.to(tl.int32) + 2 * second.to(tl.int32)
-    if TOKENS:
-        to = (unit * 64 + lane % 4 * 16 + mine // 2 * 8 + mine % 2) * 2
-    else:
-        to = ((unit * (64 // G) + lane // 4 * 8 // G) * D + lane % 4 * (D // 4) + mine) * 2
+    first, second, held, to = _owned(lane, unit, D, TOKENS, G)
     PER: tl.constexpr = 4 if TOKENS else 8
     # Words of source codes come with them at the top of their bytes.
     TIMES: tl.constexpr = 1.0 / (1 << (8 - FROM_BITS))

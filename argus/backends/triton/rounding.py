@@ -61,3 +61,16 @@ def _code(x, scale, zero, TOP: tl.constexpr):
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
     return tl.minimum(tl.maximum(_rounded_even(_over(x - zero.to(tl.float32), step)), 0), TOP)
+
+
+@triton.jit
+def _coded(x, scale, zero, KIND: tl.constexpr, TOP: tl.constexpr):
+    """Codes, those about zero as bytes; scale and zero broadcast with x."""
+    if KIND == SYMMETRIC:
+        HALF: tl.constexpr = TOP >> 1
+        step = scale.to(tl.float32)
+        step = tl.where(step == 0.0, 1.0, step)
+        code = tl.minimum(tl.maximum(_rounded_even(_over(x, step)), -HALF), HALF) & 255
+    else:
+        code = _code(x, scale, zero, TOP)
+    return code

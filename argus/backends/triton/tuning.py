@@ -68,7 +68,7 @@ def options(dim: int, rows: int) -> dict[str, int]:
 def splits(units: int, heads: int, per_program: int, processors: int, resident: int) -> int:
     """Programs a head: as many as the processors hold at once, each with at least `per_program` units of work."""
     most = max(1, processors * resident // heads)
-    return max(1, min(most, -(-units // per_program)))
+    return max(1, min(most, over(units, per_program)))
 
 
 def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:

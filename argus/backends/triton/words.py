@@ -195,6 +195,23 @@ def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr):
 
 
 @triton.jit
+def _owned(lane, unit, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr):
+    """What tells a lane the group that :func:`_across` leaves it, whether it stores its scale, and where that of quartet 0 lies.
+
+    Of two lanes with the same group one stores. The place is in bytes, of FP16 scales, for a block of 64 tokens of one head.
+    """
+    first = (lane & (16 if TOKENS else 4)) != 0
+    second = (lane & 8) != 0
+    held = (lane & (4 if TOKENS else (16 if G == 64 else 0))) == 0
+    mine = first.to(tl.int32) + 2 * second.to(tl.int32)
+    if TOKENS:
+        at = (unit * 64 + lane % 4 * 16 + mine // 2 * 8 + mine % 2) * 2
+    else:
+        at = ((unit * (64 // G) + lane // 4 * 8 // G) * D + lane % 4 * (D // 4) + mine) * 2
+    return first, second, held, at
+
+
+@triton.jit
 def _byte(at):
     """A byte, in the low bits of a word."""
     return tl.inline_asm_elementwise("ld.global.nc.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1)
