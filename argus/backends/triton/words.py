@@ -196,7 +196,7 @@ def _spread(word, lane, L1: tl.constexpr, L2: tl.constexpr, L3: tl.constexpr):
 
 @triton.jit
 def _owned(lane, unit, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr):
-    """What tells a lane the group that :func:`_across` leaves it, whether it stores its scale, and where that of quartet 0 lies.
+    """What tells a lane the group that :func:`_across` leaves it, whether it stores its scale, and where quartet 0 has its own.
 
     Of two lanes with the same group one stores. The place is in bytes, of FP16 scales, for a block of 64 tokens of one head.
     """
