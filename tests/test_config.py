@@ -137,6 +137,11 @@ def test_groups_divide(options, head_dim, message):
         make_plan(config(tuple(options), options=options), head_dim=head_dim)
 
 
+def test_archives_are_of_pages_whose_size_is_a_power_of_two():
+    with pytest.raises(ConfigError, match=r"jl: page_size 12 is no power of two; allowed nearby: \[8, 16\]"):
+        make_plan(config(("jl",), page_size=12))
+
+
 def test_configs_do_not_change():
     chosen = load_cache_config("int4")
     with pytest.raises(Exception, match="frozen"):

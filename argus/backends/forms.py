@@ -77,15 +77,21 @@ class Projected:
     ratio : int
         Tokens a coefficient row.
     unbiased : bool
-        Whether the factor is `ratio`; else it is 1.
+        Whether what is read is right in the mean over matrices; see :meth:`factor`.
     matrix : callable
-        ``matrix(page_size, like)``: ``[P / ratio, P]`` float32 on the device of ``like``.
+        ``matrix(page_size, like)``: ``[P / ratio, P]`` float32 on the device of ``like``, ones and minus ones, ``W W^T = P I``,
+        and the sum of each row 0, unless there are P of them and one is constant.
     """
 
     inner: object
     ratio: int
     unbiased: bool
     matrix: Callable[[int, Tensor], Tensor]
+
+    def factor(self, page_size: int) -> float:
+        """The factor of ``matrix^T c``: 1, or of `unbiased` as many times as the rows fit into a basis of what means leave."""
+        whole = max(1, page_size - 1)
+        return whole / min(page_size // self.ratio, whole) if self.unbiased else 1.0
 
 
 @dataclass(frozen=True)

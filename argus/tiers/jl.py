@@ -1,4 +1,7 @@
-"""Johnson-Lindenstrauss archive: the token axis of a page projected to a few rows (Johnson and Lindenstrauss 1984)."""
+"""Johnson-Lindenstrauss archive: the token axis of a page projected to a few rows (Johnson and Lindenstrauss 1984).
+
+The projection is a fast one (Ailon and Chazelle 2009): rows of a Hadamard matrix.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,33 @@ class JlConfig(TierConfig):
 
 
 def projection(page_size: int, rows: int, seed: int) -> Tensor:
-    """``W [rows, page_size]`` float32 with ``W W^T = I``: QR of a seeded Gaussian matrix."""
+    """``W [rows, page_size]`` float32 of ones and minus ones with ``W W^T = page_size I``.
+
+    Rows of a Hadamard matrix in an order drawn by `seed`, the constant one last, with tokens in an order drawn too. So a row
+    has as many ones as minus ones, at places drawn evenly, and for ``r`` with a sum of 0 the mean over seeds of ``(w r)^2``
+    is ``|r|^2 P / (P - 1)``: of its pairs ``w_i w_j`` have a mean of ``-1 / (P - 1)``, and ``r_i r_j`` sum to ``-|r|^2``.
+
+    Parameters
+    ----------
+    page_size : int
+        A power of two.
+    rows : int
+        Up to `page_size`.
+    seed : int
+    """
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(page_size, rows, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q.T.contiguous().float()
+    matrix = torch.ones(1, 1)
+    while len(matrix) < page_size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    order = torch.cat([1 + torch.randperm(page_size - 1, generator=generator), torch.zeros(1, dtype=torch.int64)])
+    return matrix[order[:rows]][:, torch.randperm(page_size, generator=generator)].contiguous()
 
 
 class Jl(Tier):
-    """``x = mean + W^T c`` with ``c = W (x - mean)``: the page's mean is kept apart, or the archive is worse than nothing.
+    """``x = mean + W^T c`` with ``c = W (x - mean) / P``: the page's mean is kept apart, or the archive is worse than nothing.
+
+    ``W`` has ones and minus ones, see :func:`projection`: with the mean, these are some of the page's coefficients in one
+    orthogonal basis. Of what the mean leaves they keep ``R / (P - 1)`` in the mean over seeds, ``R`` rows of ``P`` tokens.
 
     Payload: ``mean`` float16 ``[n, B, H, D]`` (with ``centre``); ``coefficients.*`` as the tier that keeps them names them,
     for pages of ``P / ratio`` rows.
@@ -51,15 +73,14 @@ class Jl(Tier):
         self.inner = tools.tier(self.config.coefficients)
         self.matrices: dict[str, Tensor] = {}
         ratio, lost = self.config.ratio, self.inner.error**2
-        # Of a residual of norm 1 the projection keeps 1 / ratio; read with the factor `ratio`, it errs by ratio - 1.
+        # Of a residual of norm 1 the projection keeps 1 / ratio and a little; read with a factor near `ratio`, it errs by ratio - 1.
         self.error = 1.005 * sqrt(ratio - 1 + ratio * lost if self.config.unbiased else 1 - 1 / ratio + lost / ratio)
 
     def matrix(self, page_size: int, x: Tensor) -> Tensor:
-        """``sqrt(P) W [P / ratio, P]`` on the device of `x`, made once: coefficients ``W r / sqrt(P)`` stay in FP16's range."""
+        """``W [P / ratio, P]`` on the device of `x`, made once."""
         key = f"projection.{page_size}.{x.device}"
         if key not in self.matrices:
-            rows = page_size // self.config.ratio
-            self.matrices[key] = sqrt(page_size) * projection(page_size, rows, self.config.seed).to(x.device)
+            self.matrices[key] = projection(page_size, page_size // self.config.ratio, self.config.seed).to(x.device)
         return self.matrices[key]
 
     def encode(self, x: Tensor, role: Role) -> Payload:
@@ -68,7 +89,7 @@ class Jl(Tier):
             return self.tools.backend.encode(x, form)
         kept: Payload = {}
         if self.config.centre:
-            kept = self.tools.backend.encode(x, Projected(Plain(), self.config.ratio, self.config.unbiased, self.matrix))
+            kept = self.tools.backend.encode(x, self._as(Plain()))
             coefficients = kept.pop(PREFIX + "codes")
         else:
             coefficients = self.tools.backend.project(x, self.matrix(x.shape[-2], x) / x.shape[-2])
@@ -78,10 +99,10 @@ class Jl(Tier):
     def decode(self, payload: Payload, role: Role) -> Tensor:
         kept = {name.removeprefix(PREFIX): tensor for name, tensor in payload.items() if name.startswith(PREFIX)}
         coefficients = self.inner.decode(kept, role)
-        matrix = self.matrix(coefficients.shape[-2] * self.config.ratio, coefficients)
-        rest = self.tools.backend.project(coefficients, matrix.T)
+        page_size = coefficients.shape[-2] * self.config.ratio
+        rest = self.tools.backend.project(coefficients, self.matrix(page_size, coefficients).T)
         if self.config.unbiased:
-            rest *= self.config.ratio
+            rest *= self._as(Plain()).factor(page_size)
         return rest.add_(payload["mean"].float().unsqueeze(-2)) if self.config.centre else rest
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
@@ -90,6 +111,9 @@ class Jl(Tier):
         return mean + self.inner.bits(role, rows, head_dim) / self.config.ratio
 
     def check(self, role: Role, page_size: int, head_dim: int) -> None:
+        if page_size & (page_size - 1):
+            near = [1 << (page_size.bit_length() - 1), 1 << page_size.bit_length()]
+            raise ConfigError(f"jl: page_size {page_size} is no power of two; allowed nearby: {near}")
         if page_size % self.config.ratio:
             divisors = [d for d in range(1, page_size + 1) if page_size % d == 0]
             raise ConfigError(f"jl: ratio {self.config.ratio} does not divide page_size {page_size}; allowed: {divisors}")
@@ -102,8 +126,9 @@ class Jl(Tier):
         return self._projected(self.inner.target(role))
 
     def _projected(self, inner: object | None) -> Projected | None:
-        if inner is None or not self.config.centre:
-            return None
+        return None if inner is None or not self.config.centre else self._as(inner)
+
+    def _as(self, inner: object) -> Projected:
         return Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
 
     def shared(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Float8, Plain, Projected, Segment  # noqa: E402
 from argus.backends.triton import launch  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
+from argus.tiers.jl import projection  # noqa: E402
 from tests.backends import ptx  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -197,16 +198,15 @@ class KeptProjection(Kept):
 
     def matrix(self, page: int, like: torch.Tensor) -> torch.Tensor:
         if self.projection is None:
-            gaussian = torch.randn(page, page // self.kept.ratio, dtype=torch.float64)
-            self.projection = torch.linalg.qr(gaussian).Q.T.float().contiguous().to(like.device)
+            self.projection = projection(page, page // self.kept.ratio, 0).to(like.device)
         return self.projection
 
     def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         mean = x.mean(-2).half()
-        kept = self.inner.encode(self.matrix(x.shape[-2], x) @ (x - mean.float().unsqueeze(-2)))
+        kept = self.inner.encode(self.matrix(x.shape[-2], x) @ (x - mean.float().unsqueeze(-2)) / x.shape[-2])
         return {"mean": mean} | {"coefficients." + name: tensor for name, tensor in kept.items()}
 
     def decode(self, payload: dict[str, torch.Tensor], role: str) -> torch.Tensor:
         kept = {name.removeprefix("coefficients."): tensor for name, tensor in payload.items() if name != "mean"}
         rest = self.projection.T @ self.inner.decode(kept, role)
-        return rest * (self.kept.ratio if self.kept.unbiased else 1) + payload["mean"].float().unsqueeze(-2)
+        return rest * self.kept.factor(rest.shape[-2]) + payload["mean"].float().unsqueeze(-2)

@@ -24,7 +24,7 @@ from argus.tiers.jl import projection
 
 
 def projected(inner: object, ratio: int = 4) -> Projected:
-    return Projected(inner, ratio, False, lambda page, like: page**0.5 * projection(page, page // ratio, 0).to(like.device))
+    return Projected(inner, ratio, False, lambda page, like: projection(page, page // ratio, 0).to(like.device))
 
 
 INNERS = {
@@ -67,11 +67,11 @@ CODES = {
 
 
 @pytest.mark.parametrize("first", CODES)
-@pytest.mark.parametrize(("dim", "ratio"), [(64, 4), (64, 8), (64, 16), (64, 13)])
+@pytest.mark.parametrize(("dim", "ratio"), [(64, 4), (64, 8), (64, 16), (64, 32)])
 def test_projected_codes(first: str, dim: int, ratio: int) -> None:
     """Straight from codes of pages of 64 tokens: several pages and heads, and sizes of tokens that differ widely."""
     backend, form, inner = TritonBackend(), CODES[first], Affine(4, "token")
-    target = Projected(inner, ratio, False, lambda page, like: 8 * projection(page, page // ratio, ratio).to(like.device))
+    target = Projected(inner, ratio, False, lambda page, like: projection(page, page // ratio, ratio).to(like.device))
     x = pages(64, dim, 4).view(2, 1, 2, 64, dim)
     x = x * torch.exp2(-torch.arange(64, device=DEVICE) % 9.0).unsqueeze(-1)
     held = backend.encode(x, form)
@@ -130,7 +130,7 @@ def test_projections_are_laid_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "dim", "ratio"), [(64, 128, 4), (128, 64, 8), (64, 96, 4), (24, 80, 3), (64, 64, 8), (64, 64, 16), (32, 64, 32)]
+    ("page", "dim", "ratio"), [(64, 128, 4), (128, 64, 8), (64, 96, 4), (16, 80, 4), (64, 64, 8), (64, 64, 16), (32, 64, 32)]
 )
 @pytest.mark.parametrize("inner", ["int4-token", "int3", "int8", "plain"])
 def test_projected_shapes(page: int, dim: int, ratio: int, inner: str) -> None:

@@ -1,4 +1,4 @@
-"""What each codec promises in numbers: half a step, real e4m3fn, exact packing, orthonormal projections, kept means."""
+"""What each codec promises in numbers: half a step, real e4m3fn, exact packing, orthogonal projections, kept means."""
 
 from __future__ import annotations
 
@@ -117,12 +117,22 @@ def test_packing_keeps_every_code_at_every_place(bits):
     assert torch.equal(unpack(pack(codes, bits), bits), codes)
 
 
-@pytest.mark.parametrize(("page", "rows"), [(64, 16), (64, 32), (12, 3), (5, 5), (128, 1)])
-def test_projections_are_orthonormal(page, rows):
+@pytest.mark.parametrize(("page", "rows"), [(64, 16), (64, 32), (16, 4), (8, 8), (128, 1), (2, 1), (1, 1)])
+def test_projections_are_orthogonal_to_each_other_and_to_the_mean(page, rows):
     matrix = projection(page, rows, seed=3)
     assert matrix.shape == (rows, page)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(rows), atol=1e-6)
-    assert not torch.equal(matrix, projection(page, rows, seed=4))
+    assert torch.equal(matrix.abs(), torch.ones(rows, page))
+    assert torch.equal(matrix @ matrix.T, page * torch.eye(rows))
+    assert not matrix[: page - 1].sum(1).any()
+    assert page < 8 or not torch.equal(matrix, projection(page, rows, seed=4))
+
+
+def test_a_projection_keeps_its_share_of_what_a_mean_leaves():
+    x = uneven(1, 1, 1, 16, 4)[0, 0, 0]
+    x = x - x.mean(0)
+    kept = torch.stack([(projection(16, 4, seed) @ x).square().sum(0) / 16 for seed in range(400)])
+    off = (kept.mean(0) - x.square().sum(0) * 4 / 15) / (kept.std(0) / math.sqrt(400))
+    assert off.abs().max() < 4
 
 
 def test_jl_keeps_the_mean_of_a_page_apart():
@@ -139,7 +149,7 @@ def test_jl_coefficients_are_the_projection_of_what_the_mean_leaves():
     x = normal(1, 1, 1, 16, 4)
     found = tier("jl").decode(tier("jl").encode(x, "keys"), "keys")
     matrix, mean = projection(16, 4, 0), x.mean(-2, keepdim=True)
-    assert torch.allclose(found, mean + matrix.T @ (matrix @ (x - mean)), atol=5e-3)
+    assert torch.allclose(found, mean + matrix.T @ (matrix @ (x - mean)) / 16, atol=5e-3)
 
 
 def test_jl_without_its_centre_keeps_no_mean_and_loses_more_of_what_has_one():
@@ -148,7 +158,7 @@ def test_jl_without_its_centre_keeps_no_mean_and_loses_more_of_what_has_one():
     payload = plain.encode(x, "keys")
     assert "mean" not in payload
     matrix = projection(16, 4, 0)
-    assert torch.allclose(plain.decode(payload, "keys"), matrix.T @ (matrix @ x), atol=2e-2)
+    assert torch.allclose(plain.decode(payload, "keys"), matrix.T @ (matrix @ x) / 16, atol=2e-2)
     errors = [(jl.decode(jl.encode(x, "keys"), "keys") - x).norm() for jl in (plain, centred)]
     assert errors[0] > 2 * errors[1]
     assert plain.bits("keys", 16, 8) == centred.bits("keys", 16, 8) - 1

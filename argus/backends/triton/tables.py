@@ -151,7 +151,7 @@ def lay(form: Any, back: bool, like: Segment) -> Tensor:
     levels = own(form, like.positions)
     if levels is not None:
         return lay_book(levels)
-    return fragments(form.matrix(like.page_size, like.positions), float(form.ratio) if form.unbiased else 1.0, back)
+    return fragments(form.matrix(like.page_size, like.positions), form.factor(like.page_size), back)
 
 
 def is_laid(form: object) -> bool:
