@@ -73,7 +73,7 @@ class Jl(Tier):
         self.inner = tools.tier(self.config.coefficients)
         self.matrices: dict[str, Tensor] = {}
         ratio, lost = self.config.ratio, self.inner.error**2
-        # Of a residual of norm 1 the projection keeps a little over 1 / ratio; `unbiased` reads it a little less than ratio times.
+        # Of a residual of norm 1 it keeps a little over 1 / ratio; `unbiased` reads that a little less than ratio times.
         self.error = 1.005 * sqrt(ratio - 1 + ratio * lost if self.config.unbiased else 1 - 1 / ratio + lost / ratio)
 
     def matrix(self, page_size: int, x: Tensor) -> Tensor:
