@@ -98,6 +98,9 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
         elif name == "cvt.rn.satfinite.e4m3x2.f32":
             high, low = (torch.from_numpy(number(one)).to(torch.float8_e4m3fn).view(torch.uint8).numpy() for one in x)
             y = low.astype(np.int32) | (high.astype(np.int32) << 8)
+        elif name == "cvt.rn.bf16x2.f32":
+            high, low = (torch.from_numpy(number(one)).to(torch.bfloat16).view(torch.int16).numpy() for one in x)
+            y = (low.astype(np.int32) & 0xFFFF) | (high.astype(np.int32) << 16)
         elif name == "setp.ne.b32":
             y = x[0] != x[1]
         elif name == "not.b32":

@@ -48,12 +48,14 @@ def test_projected(inner: str, first: str) -> None:
     got = backend.recode(source, target, held, "keys")
     decoded = source.decode(held, "keys")
     plain = target.encode(decoded, "keys")
+    summed = inner == "int4-token" and isinstance(FORMS[first], Affine) and FORMS[first].axis == "token"
+    largest = summed * float(decoded.abs().max())
     # Products of 16-bit numbers, and of codes, sum in an order of their own.
     if first == "fp16" or (isinstance(FORMS[first], Affine) and inner == "int4-token"):
-        near(got, {name: tensor.cpu() for name, tensor in plain.items()}, INNERS[inner])
+        near(got, {name: tensor.cpu() for name, tensor in plain.items()}, INNERS[inner], largest)
     else:
         equal(got, plain)
-    near(got, oracle.encode(decoded.cpu(), form), INNERS[inner])
+    near(got, oracle.encode(decoded.cpu(), form), INNERS[inner], largest)
 
 
 CODES = {
@@ -79,7 +81,7 @@ def test_projected_codes(first: str, dim: int, ratio: int) -> None:
     got = backend.recode(Kept(backend, form), Kept(backend, target), held, "keys")
     decoded = backend.dequantize(held, form).cpu()
     want = CpuBackend().encode(decoded, target)
-    near(got, want, inner)
+    near(got, want, inner, (form.axis == "token") * float(decoded.abs().max()))
     for name in want:
         assert got[name].shape == want[name].shape, name
         assert got[name].dtype == want[name].dtype, name
@@ -142,9 +144,15 @@ def test_projected_shapes(page: int, dim: int, ratio: int, inner: str) -> None:
     near(got, CpuBackend().encode(x.cpu(), form), INNERS[inner])
 
 
-def near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], inner: object) -> None:
-    """Means equal, coefficients as near as a product in float32 is; few codes or scales next to those of the oracle."""
-    assert torch.equal(got["mean"].cpu(), want["mean"])
+def near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], inner: object, largest: float = 0.0) -> None:
+    """Means equal, coefficients as near as a product in float32 is; few codes or scales next to those of the oracle.
+
+    Means of numbers up to `largest` that are summed in float32 are as near as such sums, and hardly one is not equal.
+    """
+    means = [one["mean"].cpu().double() for one in (got, want)]
+    off = (means[0] - means[1]).abs()
+    assert bool((off <= (largest > 0) * (2**-10 * means[1].abs() + 2**-20 * largest)).all())
+    assert float((off > 0).double().mean()) <= 0.03
     assert got.keys() == want.keys()
     oracle = Kept(CpuBackend(), inner)
     kept = [{name.removeprefix(PREFIX): x.cpu() for name, x in one.items() if name != "mean"} for one in (got, want)]

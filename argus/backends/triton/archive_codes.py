@@ -1,9 +1,10 @@
 """One kernel from integer codes to their Johnson-Lindenstrauss archive: a warp takes a page of a head, 64 tokens, in registers.
 
-Coefficients are ``c = w (x - mean)`` with ``w = W / P``, up to 16 rows, and pages are ``x = scale * code + zero``. What must be
-multiplied are codes, so ``n = v @ codes`` is taken on integer tensor cores, exactly, with ``v`` three signed bytes a number,
-in fixed point. Scales of channels (axis ``channel``) multiply sums: ``c = scale * n + (zero - mean) * sum(w)``, and ``v`` is
-``w``, which all pages share. Scales of tokens go into the page's own ``v = w * scale``: ``c = n + w zero - mean * sum(w)``.
+Coefficients are ``c = W (x - mean) / 64``, up to 16 rows, and pages are ``x = scale * code + zero``. Rows of ``W`` have ones and as
+many minus ones, so means and zeros of channels fall out of them: of axis ``channel``, ``c = scale * (W codes) / 64``. Scales of
+tokens change the signs that ``W`` has there and nothing else: of axis ``token``, ``c = ((W scale) codes + W zero) / 64``. Both are
+products of FP16 numbers, exact, with float32 sums on tensor cores: a code of up to 8 bits is an FP16 number below 2^-14 as it
+is, wherever in its byte it lies.
 
 A lane holds columns 2 t and 2 t + 1 of products (lane ``4 g + t``), so groups of coefficients, which run along channels, are
 shared by the four lanes of a row. Its tokens are ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` for byte ``c`` of word ``(s, h)``, as
@@ -17,10 +18,10 @@ import torch
 
 from argus.backends.base import PREFIX, Affine, Payload, Projected
 from argus.backends.triton import convert, tuning
-from argus.backends.triton.archive_channels import _channel_kernel
+from argus.backends.triton.archive_channels import _channel_kernel, place
 from argus.backends.triton.archive_tokens import _token_kernel
 from argus.backends.triton.codec import shape_of
-from argus.backends.triton.fragments import FEW, PAGE, SMALL, Weights
+from argus.backends.triton.fragments import PAGE, Weights
 
 
 def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weights) -> Payload | None:
@@ -58,11 +59,13 @@ def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weigh
     if head.numel():
         tokens = source.axis == "token"
         kernel = _token_kernel if tokens else _channel_kernel
-        laid = kept.of(form, codes, tokens, source.bits)
-        narrow = source.bits <= (FEW if tokens else SMALL)
-        kernel[(head.numel(),)](
-            codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
-            dim, rows, source.bits, source.symmetric, narrow, inner.bits,
-            num_warps=1, maxnreg=tuning.archive_registers(rows, tokens),
+        # Codes that are summed lie at several places of their bytes.
+        places = [0] * 4 if tokens else [place(i, source.bits) for i in range(4)]
+        laid = kept.of(form, codes, tuple(2.0 ** (places[3] - one) for one in places))
+        warps = tuning.ARCHIVE_WARPS
+        kernel[(tuning.over(head.numel(), warps),)](
+            codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(), head.numel(),
+            dim, rows, source.bits, source.symmetric, inner.bits, warps,
+            num_warps=warps, maxnreg=tuning.archive_registers(rows, tokens),
         )  # fmt: skip
     return made

@@ -1,7 +1,7 @@
-"""Products of a projection with integer codes, in signed bytes on integer tensor cores, and quantizing what comes of them.
+"""Products of a projection with integer codes on 16-bit tensor cores, exact, and quantizing what comes of them.
 
-What both kernels of ``archive_codes.py`` share, which tells the method. Lane ``4 g + t`` holds rows ``g`` and ``g + 8``, and of
-every 8 channels columns ``2 t`` and ``2 t + 1``.
+What both kernels of ``archive_codes.py`` share, which tells the method. A column's codes are eight words ``2 i + r`` of two
+tokens: ``16 t + 2 i + r`` and the one 8 further.
 """
 
 from __future__ import annotations
@@ -9,29 +9,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lanes import _load1, _mma, _mma_right, _xor
+from argus.backends.triton.lanes import _bytes, _fetch, _load4, _mma16, _xor
 from argus.backends.triton.rounding import _affine
-from argus.backends.triton.words import _put16, _put_some1, _put_some2, _put_some4, _rounded, _traded
+from argus.backends.triton.words import _put16, _put_some1, _put_some2, _put_some4
 
-UNIT = tl.constexpr(64)
-"""Bytes from the first sum of a row to what a unit stands for, in what :func:`argus.backends.triton.fragments.weights` lays."""
+NEAR = tl.constexpr(128.0)
+"""From here to 256 a unit is the last bit of a BF16 number."""
+AHEAD = tl.constexpr(1536)
+"""Pages of a head from one that is archived to the one that is fetched meanwhile: about as many as there are warps."""
+TINY = tl.constexpr(2.0**24)
+"""One over what the last bit of an FP16 number below 2^-14 stands for."""
 
 
 @triton.jit
-def _limbs(x0, x1, x2, x3, OVER: tl.constexpr):
-    """Words of the high, middle and low signed bytes of four numbers below 2^22 in size, rounded.
+def _placed(count, W: tl.constexpr):
+    """The page and head of each of W warps, and a lane's number in it: the last warps may do again what others do."""
+    thread = tl.arange(0, 32 * W)
+    return tl.minimum(tl.program_id(0) * W + thread // 32, count - 1).to(tl.int64), thread % 32
 
-    OVER: 2^23, or half as much again where numbers have signs, which adds 64 to their high bytes; and 0x8080, which adds 128
-    to the others, taken off again.
-    """
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q, r, s;
-        prmt.b32 p, $3, $4, 0x5140; prmt.b32 q, $5, $6, 0x5140; prmt.b32 r, $3, $4, 0x0062; prmt.b32 s, $5, $6, 0x0062;
-        prmt.b32 $0, r, s, 0x5410; prmt.b32 r, p, q, 0x7632; prmt.b32 s, p, q, 0x5410;
-        xor.b32 $1, r, 0x80808080; xor.b32 $2, s, 0x80808080; }""",
-        "=r,=r,=r,f,f,f,f", [x0 + OVER, x1 + OVER, x2 + OVER, x3 + OVER],
-        dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+
+@triton.jit
+def _ahead(from_ptr, from_scale, from_zero, count, lane, W: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr):
+    """Bring a later page, of so many bytes, to the L2 cache: a warp's own would all wait for memory at once."""
+    unit = tl.minimum(tl.program_id(0) * W + tl.arange(0, 32 * W) // 32 + AHEAD, count - 1).to(tl.int64)
+    LINES: tl.constexpr = SCALES // 128
+    scales = tl.where(lane % (2 * LINES) < LINES, from_scale.to(tl.int64), from_zero.to(tl.int64))
+    scales += unit * SCALES + lane % LINES * 128
+    for i in tl.static_range((CODES // 128 + 2 * LINES + 31) // 32):
+        line = lane + 32 * i
+        _fetch(tl.where(line < CODES // 128, from_ptr.to(tl.int64) + unit * CODES + line * 128, scales))
 
 
 @triton.jit
@@ -47,74 +53,59 @@ def _fused(a, b, c):
 
 
 @triton.jit
-def _products(a, M: tl.constexpr, b, c, SIGNED: tl.constexpr):
-    """`c` plus operand M of `a`, 16 rows of 64 tokens, times the codes of 8 channels."""
-    for s in tl.static_range(2):
-        row = (a[8 * M + 4 * s], a[8 * M + 4 * s + 1], a[8 * M + 4 * s + 2], a[8 * M + 4 * s + 3])
+def _operands(at, COUNT: tl.constexpr):
+    """COUNT operands of four words, as :func:`argus.backends.triton.fragments.fragments` lays them."""
+    words = ()
+    for i in tl.static_range(COUNT):
+        words = words + _load4(at + i * 512)
+    return words
+
+
+@triton.jit
+def _in_pairs(even, odd, SIGNED: tl.constexpr):
+    """A column's codes: bytes 0 and 2, and of words moved by a byte the others, of signed codes 128 larger.
+
+    A code is an FP16 number as it is, as many times 2^-24.
+    """
+    words = ()
+    for i in tl.static_range(4):
+        x = even[i] & 0x00FF00FF
+        y = odd[i] & 0x00FF00FF
         if SIGNED:
-            c = _mma(row, b[2 * s], b[2 * s + 1], c, True)
-        else:
-            c = _mma_right(row, b[2 * s], b[2 * s + 1], c)
+            x = x ^ 0x00800080
+            y = y ^ 0x00800080
+        words = words + (x, y)
+    return words
+
+
+@triton.jit
+def _products(a, b, c):
+    """`c` plus 16 rows of 64 tokens times the codes of 8 channels."""
+    for i in tl.static_range(4):
+        c = _mma16(a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3], b[2 * i], b[2 * i + 1], c, False)
     return c
 
 
 @triton.jit
-def _sums(a, b, none, SIGNED: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, COUNTED: tl.constexpr):
-    """A lane's sums for 8 channels: rows g (WIDE: and g + 8), columns 2 t and 2 t + 1; last those of rows of ones, if COUNTED.
-
-    Sums of higher bytes begin those of lower ones, down to the lowest if NARROW: then whole sums are an int32. (They could be
-    added after, but then sums of many columns are held at a time.)
-    """
-    empty = (none, none, none, none)
-    if WIDE:
-        c = _products(a, 0, b, empty, SIGNED)
-        c = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
-    else:
-        c = _products(a, 0, b, empty, SIGNED)
-        c = ((c[0] << 8) + c[2], (c[1] << 8) + c[3], c[2], c[3])
-    if NARROW and not WIDE and not COUNTED:
-        low = _products(a, 1, b, (c[0] << 8, c[1] << 8, c[2], c[3]), SIGNED)
-    elif WIDE and NARROW:
-        low = _products(a, 2, b, (c[0] << 8, c[1] << 8, c[2] << 8, c[3] << 8), SIGNED)
-    else:
-        low = _products(a, 2 if WIDE else 1, b, empty, SIGNED)
-    sums = ()
-    for i in tl.static_range(4 if WIDE else 2):
-        if NARROW and (WIDE or not COUNTED):
-            one = low[i].to(tl.float32)
-        elif NARROW:
-            one = ((c[i] << 8) + low[i]).to(tl.float32)
-        else:
-            one = low[i].to(tl.float32) + c[i].to(tl.float32) * 256.0
-        sums = sums + (one,)
-    return sums + (low[2], low[3])
+def _for_totals(w, g):
+    """Numbers of tokens, in pairs like codes, as :func:`_totals` multiplies them: column g has a quarter of them."""
+    words = ()
+    for i in tl.static_range(4):
+        one = tl.where(g % 2 == 0, w[2 * i], w[2 * i + 1])
+        words = words + (tl.where(g % 4 < 2, one, 0), tl.where(g % 4 < 2, 0, one))
+    return words
 
 
 @triton.jit
-def _shared_sums(a, b, other, none, first, SIGNED: tl.constexpr, NARROW: tl.constexpr):
-    """:func:`_sums` of up to 4 rows: for one of two times 8 channels, `first` tells which; last those of rows of ones.
+def _totals(b, other, w, c):
+    """Sums over tokens, times `w`, of column g of 8 channels where t is even, or of 8 others.
 
-    The operand's rows are high, low, and middle bytes, and ones, four of each, so two lanes hold what a sum takes.
+    Codes are the first factor as they lie in registers for the second: of a column's pairs of tokens the even ones are row g,
+    of the first half of its tokens, and the odd ones row g + 8, and those of the other 8 channels its other half.
     """
-    c = _products(a, 0, b, (none, none, none, none), SIGNED)
-    d = _products(a, 0, other, (none, none, none, none), SIGNED)
-    sums = ()
-    counts = ()
-    for e in tl.static_range(2):
-        got = _traded(tl.where(first, (d[e] << 8) + d[2 + e], c[e]), 16)
-        top = tl.where(first, (c[e] << 8) + c[2 + e], got)
-        low = tl.where(first, got, d[e])
-        if NARROW:
-            sums = sums + (((top << 8) + low).to(tl.float32),)
-        else:
-            sums = sums + (top.to(tl.float32) * 256.0 + low.to(tl.float32),)
-        counts = counts + (tl.where(first, _traded(c[2 + e], 16), d[2 + e]),)
-    return sums + counts
-
-
-@triton.jit
-def _float_at(at):
-    return _load1(at).to(tl.float32, bitcast=True)
+    for i in tl.static_range(4):
+        c = _mma16(b[2 * i], b[2 * i + 1], other[2 * i], other[2 * i + 1], w[2 * i], w[2 * i + 1], c, False)
+    return c[0] + c[3]
 
 
 @triton.jit
@@ -140,26 +131,41 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _quantized(
-    x, offset, unit, inverse_unit, scale_at, zero_at, held, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
-):  # fmt: skip
-    """Words of codes of N numbers a lane, a row each four lanes or eight; their scale and zero are stored where `held`.
+def _nearest(a, b, inverse, offset):
+    """Two codes, in bytes 0 and 2: ``round(a * inverse + offset - NEAR)``, of a float32 sum, and that of `b`."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 x, y; fma.rn.f32 x, $1, $3, $4; fma.rn.f32 y, $2, $3, $4; cvt.rn.bf16x2.f32 $0, y, x; }",
+        "=r,f,f,f,f", [a, b, inverse, offset], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
-    offset: of the row, to be added to `x`. unit: what a number of 1 stands for, a power of two.
+
+@triton.jit
+def _four(x, I: tl.constexpr, inverse, offset):
+    """A word of four codes."""
+    near = _nearest(x[4 * I], x[4 * I + 1], inverse, offset)
+    far = _nearest(x[4 * I + 2], x[4 * I + 3], inverse, offset)
+    return _bytes(near, far, near * 0 + 0x6420)
+
+
+@triton.jit
+def _quantized(
+    x, y, offset, scale_at, zero_at, held, UNIT: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    """Words of 4-bit codes of two times N numbers a lane, a row each four lanes or eight: a byte holds one of `x` and one of `y`.
+
+    Their scale and zero are stored where `held`. offset: of the row, to be added to numbers. UNIT: what a number of 1 stands for, a power of two.
     """
-    low = (_least(x, N, False, SHORT) + offset) * unit
-    scale, zero = _affine(low, (_least(x, N, True, SHORT) + offset) * unit, (1 << BITS) - 1)
+    low = (_least(x + y, 2 * N, False, SHORT) + offset) * UNIT
+    scale, zero = _affine(low, (_least(x + y, 2 * N, True, SHORT) + offset) * UNIT, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
     step = scale.to(tl.float32)
-    step = tl.where(step == 0.0, 1.0, step)
-    inverse = 1.0 / step * unit
-    step = step * inverse_unit
-    least = zero.to(tl.float32) * inverse_unit - offset
-    s, y, z = (step, step, step, step), (inverse, inverse, inverse, inverse), (least, least, least, least)
+    inverse = 1.0 / tl.where(step == 0.0, 1.0, step)
+    least = (offset * UNIT - zero.to(tl.float32)) * inverse + NEAR
+    inverse = inverse * UNIT
     words = ()
     for i in tl.static_range(N // 4):
-        words = words + (_rounded(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], s, y, z),)
+        words = words + (_four(x, i, inverse, least) + 16 * _four(y, i, inverse, least),)
     return words
 
 

@@ -27,6 +27,10 @@ CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
 """Registers that a lane of the codec's one-warp kernels may take, and of the one that makes codes of codes."""
 
 
+ARCHIVE_WARPS = 4
+"""Warps of a program that archives codes, with a page of a head each: programs of one warp come too slowly."""
+
+
 def archive_registers(rows: int, tokens: bool) -> int:
     """Registers that a lane may take that archives codes in so many rows; `tokens`: whose scales are tokens'.
 
