@@ -115,6 +115,10 @@ class Loaded:
         ``own(like)``: a tensor on the device of ``like`` that all pages share, such as a codebook.
     rotation : callable or None
         ``rotation(dim, like)``: ``R [D, D]`` float32, orthonormal, on the device of ``like``; None: ``x = y``.
+    signs : callable or None
+        ``signs(dim, like)``: ``[D]`` float32, ones and minus ones, on the device of ``like``, where ``R = H diag(signs)`` for
+        every ``D`` that is a power of two, with ``H[i, j] = (-1)^popcount(i & j) / sqrt(D)``, the Hadamard matrix in
+        Sylvester's order. A backend may then turn by sums and differences and never ask for ``R``; None: ``R`` is another.
     book : bool
         ``y`` is ``own[code] * scale``, with codes of ``option`` bits that :func:`argus.backends.cpu.pack` packed along
         channels, and one FP16 ``scale`` a token. A backend may then read codes of up to 3 bits without ``load``, levels
@@ -125,6 +129,7 @@ class Loaded:
     option: int = 0
     own: Callable[[Tensor], Tensor] | None = None
     rotation: Callable[[int, Tensor], Tensor] | None = None
+    signs: Callable[[int, Tensor], Tensor] | None = None
     book: bool = False
 
 

@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Float8, Loaded, Plain, Segment  # noqa: E402
 from argus.backends.cpu import pack, unpack  # noqa: E402
-from argus.backends.triton import launch, tuning  # noqa: E402
+from argus.backends.triton import forms, launch, tuning  # noqa: E402
 from argus.backends.triton.planar import planar  # noqa: E402
 from argus.backends.triton.tables import lay_book  # noqa: E402
 from tests.backends.decoding import DEVICE, Case, Kept, assembly, poison  # noqa: E402
@@ -34,23 +34,40 @@ def _load(codes, scale, zero, own, tok, ch, seen, inner, P: tl.constexpr, D: tl.
     return level * size.to(tl.float32)
 
 
-class Book:
-    """A tier of random codes, whatever it is given, with random levels, scales and (ROTATES) a random rotation."""
+def sylvester(dim: int) -> torch.Tensor:
+    """The orthonormal Hadamard matrix."""
+    common = torch.arange(dim)[:, None] & torch.arange(dim)
+    odd = sum((common >> bit) % 2 for bit in range(dim.bit_length())) % 2
+    return (1.0 - 2.0 * odd) / dim**0.5
 
-    def __init__(self, bits: int, dim: int, rotates: bool = True, seed: int = 0, book: bool = True) -> None:
+
+class Book:
+    """A tier of random codes, whatever it is given, with random levels and scales.
+
+    turn: ``hadamard`` with random signs, where head_dim is a power of two (else, and for ``random``, any rotation), or None.
+    """
+
+    def __init__(self, bits: int, dim: int, turn: str | None = "hadamard", seed: int = 0, book: bool = True) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.bits = bits
         self.levels = torch.randn(1 << bits, generator=self.generator).to(DEVICE)
-        self.turn = torch.linalg.qr(torch.randn(dim, dim, generator=self.generator)).Q.contiguous().to(DEVICE)
-        if not rotates:
-            self.turn = torch.eye(dim, device=DEVICE)
-        self.kept = Loaded(lambda: _load, bits, self.own, self.rotation if rotates else None, book)
+        self.ones = torch.randint(0, 2, (dim,), generator=self.generator).to(DEVICE) * 2.0 - 1.0
+        self.turn = torch.eye(dim, device=DEVICE)
+        if turn == "hadamard" and dim & (dim - 1) == 0:
+            self.turn = sylvester(dim).to(DEVICE) * self.ones
+        elif turn is not None:
+            self.turn = torch.linalg.qr(torch.randn(dim, dim, generator=self.generator)).Q.contiguous().to(DEVICE)
+        rotation, signs = self.rotation if turn else None, self.signs if turn == "hadamard" else None
+        self.kept = Loaded(lambda: _load, bits, self.own, rotation, signs, book)
 
     def own(self, like: torch.Tensor) -> torch.Tensor:
         return self.levels
 
     def rotation(self, dim: int, like: torch.Tensor) -> torch.Tensor:
         return self.turn
+
+    def signs(self, dim: int, like: torch.Tensor) -> torch.Tensor:
+        return self.ones
 
     def form(self, role: str) -> Loaded:
         return self.kept
@@ -88,9 +105,20 @@ class Ladder(Case):
 
 
 BITS = [(1, 1), (2, 2), (3, 3), (1, 3), (3, 2), (2, 1)]
-WIDE = [(3, 3, 192), (2, 1, 192), (3, 2, 256), (1, 3, 256)]
+WIDE = [(3, 2, 256), (1, 3, 256)]
 
 
+@pytest.fixture
+def no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rotation is asked for."""
+
+    def asked(self: Book, dim: int, like: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("lanes turn by signs")
+
+    monkeypatch.setattr(Book, "rotation", asked)
+
+
+@pytest.mark.usefixtures("no_matrix")
 @pytest.mark.parametrize(("key", "value", "dim"), [(*bits, dim) for bits in BITS for dim in (64, 128)] + WIDE)
 def test_widths_and_head_dims(key: int, value: int, dim: int) -> None:
     case = Ladder((Book(key, dim), Book(value, dim, seed=1), 2), dim=dim, batch=1, marked=dim == 64)
@@ -152,43 +180,46 @@ AFFINE = Affine(4, "channel"), Affine(4, "token")
 def test_beside_other_stages(stage: tuple[object, object], dim: int) -> None:
     tier = Book(3, dim)
     case = Ladder((*stage, 2), (tier, tier, 3), dim=dim, marked=True)
-    jobs = case.jobs()
-    assert [job.turned for job in jobs] == [True] + [False] * (len(jobs) - 1)
     case.check()
 
 
+@pytest.mark.parametrize(("key", "value"), [(3, 3), (2, 1)])
+def test_a_head_dim_that_is_no_power_of_two(key: int, value: int) -> None:
+    """The form tells signs, but its rotation is another."""
+    case = Ladder((Book(key, 192), Book(value, 192, seed=1), 2), dim=192, batch=1)
+    assert case.shares() == ["book"]
+    case.check(bound=1e-3)
+
+
 def test_several_rotations() -> None:
-    """The merge turns answers back by one rotation; others are turned back by themselves."""
-    tiers = [Book(bits, 64, seed=bits) for bits in (3, 2, 1)]
-    straight = Book(2, 64, rotates=False, seed=7)
+    """Queries are turned by the rotation of keys, answers back by that of values; lanes do either, or a matrix does."""
+    signs = [Book(bits, 64, seed=bits) for bits in (3, 2)]
+    random = [Book(bits, 64, "random", seed=bits) for bits in (2, 1)]
+    straight = Book(2, 64, None, seed=7)
     wide = Book(4, 64, seed=8)
     case = Ladder(
-        (straight, straight, 1), (tiers[0], tiers[1], 2), (*AFFINE, 1), (tiers[2], tiers[2], 1), (tiers[1], tiers[1], 1),
-        (wide, wide, 1), batch=1,
+        (straight, signs[0], 1), (signs[0], random[0], 2), (*AFFINE, 1), (random[1], signs[1], 1), (random[0], random[1], 1),
+        (signs[1], straight, 1), (wide, wide, 1), batch=1,
     )  # fmt: skip
-    assert case.shares() == ["any", "book", "book", "book", "book", "codes"]
-    assert [job.turned for job in case.jobs()] == [True, True] + [False] * 5
+    assert case.shares() == ["any", "book", "book", "book", "book", "book", "codes"]
+    turns = [job.constants[4:6] for job in case.jobs() if job.share == "book"]
+    assert turns == [(False, True), (True, False), (False, True), (False, False), (True, False)]
     case.check()
 
 
 def test_a_codebook_without_rotation() -> None:
-    tier = Book(3, 64, rotates=False)
+    tier = Book(3, 64, None)
     case = Ladder((tier, tier, 3), marked=True)
     assert case.shares() == ["book"]
-    assert not any(job.turned for job in case.jobs())
     case.check()
 
 
-def test_turned_answers_are_as_those_that_torch_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_turn_as_a_matrix_does(monkeypatch: pytest.MonkeyPatch) -> None:
     tier = Book(3, 64)
-    case = Ladder((*AFFINE, 2), (tier, tier, 3))
-    monkeypatch.setattr(tuning, "resident", lambda *_: 8)
-    merged = case.backend.attend(case.query, case.segments, case.dense)
-    # Fewer answers at once than there are.
-    monkeypatch.setattr(tuning, "merging", lambda *_: (16, 2, 4))
-    torch.testing.assert_close(merged, case.backend.attend(case.query, case.segments, case.dense), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(launch, "turned_first", lambda jobs: jobs)
-    torch.testing.assert_close(merged, case.backend.attend(case.query, case.segments, case.dense), rtol=1e-5, atol=1e-5)
+    case = Ladder((*AFFINE, 2), (tier, tier, 3), batch=1)
+    turned = case.backend.attend(case.query, case.segments, case.dense)
+    monkeypatch.setattr(forms, "signs", lambda *_: None)
+    torch.testing.assert_close(turned, case.backend.attend(case.query, case.segments, case.dense), rtol=1e-5, atol=1e-5)
 
 
 def test_what_lanes_do_not_look_up() -> None:

@@ -21,7 +21,7 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Plain, Segment
-from argus.backends.triton import tuning
+from argus.backends.triton import launch, tuning
 from argus.exact import to_eight
 
 PAIRS = [
@@ -133,6 +133,14 @@ def test_softcap_and_sinks() -> None:
     case.check(Query(q.rows * 4, q.start, q.length, None, 5.0), sinks)
     case.check(sinks=sinks)
     case.check(Query(q.rows * 4, q.start, q.length, None, 5.0))
+
+
+def test_the_merge_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "resident", lambda *_: 8)
+    monkeypatch.setattr(tuning, "merging", lambda *_: (16, 2, 4))
+    case = Case(FORMS["int2"], FORMS["int2-token"], batch=1, heads=1)
+    assert sum(job.splits for job in launch.plan(case.query, case.backend.tables.of(case.segments).runs)) > 2
+    case.check(sinks=case.random(case.groups))
 
 
 def test_pages_after_the_query_are_hidden() -> None:

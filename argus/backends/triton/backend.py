@@ -131,7 +131,7 @@ class TritonBackend(CpuBackend):
             work.out[:, slot] = out.flatten(0, 1)
             work.lse[:, slot] = lse.flatten(0, 1) * LOG2E
             slot += 1
-        return launch.merge(query, jobs, work, sinks, self.dispatch)
+        return launch.merge(query, work, sinks, self.dispatch)
 
     def _tell(self, kind: tuple[object, ...], what: str) -> None:
         """Log that kernels are about to be compiled, which is when they are first asked for work of this kind."""

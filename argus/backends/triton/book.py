@@ -11,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.halves import _queries, _weights
+from argus.backends.triton.hadamard import _hadamard
+from argus.backends.triton.halves import _channels, _in_parts, _query_rows, _weights
 from argus.backends.triton.lanes import (
     _base2,
     _bytes,
+    _floats,
     _load1,
     _load2,
     _load4,
@@ -167,22 +169,64 @@ def _scales(at, U: tl.constexpr):
 
 
 @triton.jit
+def _answers(acc, total, D: tl.constexpr):
+    """Averages of row t: lane ``4 g + t`` holds, n by n, four channels from ``32 n + 4 g`` and the four D / 2 beyond."""
+    inverse = 1.0 / tl.where(total > 0.0, total, 1.0)
+    y = ()
+    for i in tl.static_range(D // 16):
+        y = y + ((acc[i][0] + acc[i][1]) * inverse, (acc[i][2] + acc[i][3]) * inverse)
+    return y
+
+
+@triton.jit
+def _products(x, y, N: tl.constexpr):
+    """Products of N numbers a lane by N others."""
+    z = ()
+    for i in tl.static_range(N):
+        z = z + (x[i] * y[i],)
+    return z
+
+
+@triton.jit
+def _turned(q, signs, D: tl.constexpr):
+    """Queries, as ``halves._query_rows`` has them, as they meet rotated keys: signs, and then the Hadamard transform."""
+    x = _products(q, _channels(signs.to(tl.int64) + tl.arange(0, 32) % 4 * 32, D), D // 4)
+    return _hadamard(x, D // 4, 0, 2)
+
+
+@triton.jit
+def _turned_back(y, signs, D: tl.constexpr):
+    """Averages of rotated values, as :func:`_answers` has them, as those of values: the Hadamard transform, and then signs."""
+    at = signs.to(tl.int64) + tl.arange(0, 32) // 4 * 16
+    along = ()
+    for n in tl.static_range(D // 64):
+        along = along + _floats(at + n * 128, 4) + _floats(at + (n * 128 + D * 2), 4)
+    return _products(_hadamard(y, D // 8, 2, 5), along, D // 8)
+
+
+@triton.jit
 def _book_share(
     source, at, where, mask, lowest, latest, cap, begin_unit, end_unit,
     P: tl.constexpr, D: tl.constexpr, U: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
-    MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    KTURN: tl.constexpr, VTURN: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for units of 16 U tokens of pages.
 
-    source: table and positions of pages, books of keys and of values as ``tables.lay_book`` lays them, and queries as they meet
-    what is read of keys. at: where average and log-sum-exp go. where: head, first row, rows.
+    source: table and positions of pages, books of keys and of values as ``tables.lay_book`` lays them, queries, and signs of
+    keys and of values. KTURN: the signs of keys turn queries; else they are as they meet what is read of keys. VTURN: the signs
+    of values turn averages back; else they are of what is read. at: where average and log-sum-exp go. where: head, first row,
+    rows.
     """
     inner = where[0]
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     row = where[1] + t
-    b = _queries(source[4], where, D, False)
+    q = _query_rows(source[4], where, D)
+    if KTURN:
+        q = _turned(q, source[5], D)
+    b = _in_parts(q, D, False)
     k_book = _book(source[2], KBITS)
     v_book = _book(source[3], VBITS)
     m = tl.full((32,), float("-inf"), tl.float32)
@@ -268,11 +312,13 @@ def _book_share(
         k_scales = _scales(rows[1], U)
         v_scales = _scales(rows[3], U)
     total = _sum(total)
-    safe = tl.where(total > 0.0, total, 1.0)
+    y = _answers(acc, total, D)
+    if VTURN:
+        y = _turned_back(y, source[6], D)
     stored = row < where[2]
     to = at[0].to(tl.int64) + (row * D + g * 4) * 4
     for n in tl.static_range(W):
         for j in tl.static_range(4):
-            c = acc[4 * n + j]
-            _store2(to + (n * 32 + j // 2 * (D // 2) + j % 2 * 2) * 4, (c[0] + c[1]) / safe, (c[2] + c[3]) / safe, stored)
-    tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))
+            _store2(to + (n * 32 + j // 2 * (D // 2) + j % 2 * 2) * 4, y[8 * n + 2 * j], y[8 * n + 2 * j + 1], stored)
+    lse = tl.where(total > 0.0, m + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+    tl.store(at[1] + row, lse, mask=stored & (g == 0))

@@ -55,14 +55,14 @@ def booked(form: object) -> bool:
     return isinstance(form, Loaded) and form.book and form.own is not None and 1 <= form.option <= 3
 
 
-def rotation(form: object) -> Callable[[int, Tensor], Tensor] | None:
-    """The rotation that makes numbers of what a kernel reads."""
-    return form.rotation if isinstance(form, Loaded) else None
-
-
 def rotates(form: object) -> bool:
     """Whether a kernel reads rotated numbers."""
-    return rotation(form) is not None
+    return isinstance(form, Loaded) and form.rotation is not None
+
+
+def signs(form: object, dim: int) -> Callable[[int, Tensor], Tensor] | None:
+    """The signs that make a form's rotation of the Hadamard transform; None: it has none, or is another."""
+    return form.signs if isinstance(form, Loaded) and form.rotation is not None and dim & (dim - 1) == 0 else None
 
 
 def turned(form: object, rows: Tensor) -> Tensor:

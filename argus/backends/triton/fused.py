@@ -56,7 +56,7 @@ def _share(
     elif SHARE == BOOK:
         _book_share(
             source, at, where, mask, lowest, latest, cap, begin, end,
-            C[0], D, C[1], C[2], C[3], C[4], C[5], CAPPED, FIELDS,
+            C[0], D, C[1], C[2], C[3], C[4], C[5], C[6], C[7], CAPPED, FIELDS,
         )  # fmt: skip
     else:
         batch = where[0] // heads
@@ -124,33 +124,12 @@ def _decode_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _gathered(part_ptr, lse_ptr, first, row, begin, end, ch, m, total, acc, R, D: tl.constexpr, NB: tl.constexpr):
-    """What is merged so far, with some channels of the answers in slots `begin` to `end` of a head whose first is `first`."""
-    for start in range(begin, end, NB):
-        n = start + tl.arange(0, NB)
-        at = (first + n) * R + row
-        lse = tl.load(lse_ptr + at, mask=n < end, other=float("-inf"))
-        part = tl.load(part_ptr + at[:, None] * D + ch[None, :], mask=(n < end)[:, None] & (ch < D)[None, :], other=0.0)
-        best = tl.maximum(m, tl.max(lse, 0))
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        w = tl.exp2(lse - safe)
-        keep = tl.exp2(m - safe)
-        acc = acc * keep + tl.sum(part * w[:, None], 0)
-        total = total * keep + tl.sum(w, 0)
-        m = best
-    return m, total, acc
-
-
-@triton.jit(do_not_specialize=("slots", "heads", "R", "S", "turned"))
+@triton.jit(do_not_specialize=("slots", "heads", "R", "S"))
 def _merge_kernel(
-    part_ptr, lse_ptr, sinks_ptr, out_ptr, turn_ptr, slots, heads, R, S, turned,
-    D: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, DB: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
+    part_ptr, lse_ptr, sinks_ptr, out_ptr, slots, heads, R, S,
+    D: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Merge the answers of all splits for one row and some channels.
-
-    DB: the answers of the first `turned` splits, merged, are turned back by the matrix at `turn_ptr`; 0: none are.
-    """
+    """Merge the answers of all splits for one row and some channels."""
     inner = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     ch = tl.program_id(2) * CB + tl.arange(0, CB)
@@ -160,17 +139,18 @@ def _merge_kernel(
     if SINKS:
         m = tl.load(sinks_ptr + (inner % heads) * (R // S) + row // S).to(tl.float32) * LOG2E
         total = 1.0
-    begin = 0
-    if DB:
-        every = tl.arange(0, DB)
-        held = (every < D)[:, None] & (ch < D)[None, :]
-        turn = tl.load(turn_ptr + every[:, None] * D + ch[None, :], mask=held, other=0.0)
     if EARLY:
         gdc_wait()
-    if DB:
-        whole = tl.zeros((DB,), tl.float32)
-        m, total, whole = _gathered(part_ptr, lse_ptr, inner * slots, row, 0, turned, every, m, total, whole, R, D, NB)
-        acc = tl.sum(whole[:, None] * turn, 0)
-        begin = turned
-    m, total, acc = _gathered(part_ptr, lse_ptr, inner * slots, row, begin, slots, ch, m, total, acc, R, D, NB)
+    for begin in range(0, slots, NB):
+        n = begin + tl.arange(0, NB)
+        at = (inner * slots + n) * R + row
+        lse = tl.load(lse_ptr + at, mask=n < slots, other=float("-inf"))
+        part = tl.load(part_ptr + at[:, None] * D + ch[None, :], mask=(n < slots)[:, None] & (ch < D)[None, :], other=0.0)
+        best = tl.maximum(m, tl.max(lse, 0))
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        w = tl.exp2(lse - safe)
+        keep = tl.exp2(m - safe)
+        acc = acc * keep + tl.sum(part * w[:, None], 0)
+        total = total * keep + tl.sum(w, 0)
+        m = best
     tl.store(out_ptr + (inner * R + row) * D + ch, acc / tl.where(total > 0.0, total, 1.0), mask=ch < D)

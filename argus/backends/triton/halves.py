@@ -14,6 +14,7 @@ import triton.language as tl
 from argus.backends.triton.lanes import (
     _base2,
     _bytes,
+    _floats,
     _from_e4m3,
     _from_int8,
     _load2,
@@ -48,24 +49,34 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
 
 
 @triton.jit
-def _queries(q_ptr, where, D: tl.constexpr, BF16: tl.constexpr):
-    """Four rows of a head as the second factor of products with tokens: high parts in a column, low parts in the next."""
+def _channels(at, D: tl.constexpr):
+    """Of D float32 eight of every 32 from one address a lane, where lanes that differ in t are eight channels apart."""
+    x = ()
+    for i in tl.static_range(D // 32):
+        x = x + _floats(at + i * 128, 8)
+    return x
+
+
+@triton.jit
+def _query_rows(q_ptr, where, D: tl.constexpr):
+    """Four rows of a head: lane ``4 g + t`` holds of row ``g // 2`` channels ``32 i + 8 t`` and the seven that follow."""
     lane = tl.arange(0, 32)
-    g = lane // 4
-    t = lane % 4
-    part = g % 2
     # Rows beyond the last repeat it; nothing of them is stored.
-    q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
-    q_at = q_ptr.to(tl.int64) + ((where[0] * where[2] + q_row) * D + t * 8) * 4
+    row = tl.minimum(where[1] + lane // 8, where[2] - 1)
+    return _channels(q_ptr.to(tl.int64) + ((where[0] * where[2] + row) * D + lane % 4 * 8) * 4, D)
+
+
+@triton.jit
+def _in_parts(q, D: tl.constexpr, BF16: tl.constexpr):
+    """What :func:`_query_rows` has as the second factor of products with tokens: high parts in a column, low in the next."""
+    part = tl.arange(0, 32) // 4 % 2
     b = ()
-    for i in tl.static_range(D // 16):
-        piece = _load4(q_at + (i // 2) * 128 + (i % 2) * 16)
-        for j in tl.static_range(2):
-            high0, rest0 = _short(piece[2 * j].to(tl.float32, bitcast=True), BF16)
-            high1, rest1 = _short(piece[2 * j + 1].to(tl.float32, bitcast=True), BF16)
-            low0, none = _short(rest0, BF16)
-            low1, none = _short(rest1, BF16)
-            b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
+    for i in tl.static_range(D // 8):
+        high0, rest0 = _short(q[2 * i], BF16)
+        high1, rest1 = _short(q[2 * i + 1], BF16)
+        low0, none = _short(rest0, BF16)
+        low1, none = _short(rest1, BF16)
+        b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
     return b
 
 
@@ -95,7 +106,7 @@ def _halves_share(
     g = lane // 4
     t = lane % 4
     row = where[1] + t
-    b = _queries(q_ptr, where, D, BF16)
+    b = _in_parts(_query_rows(q_ptr, where, D), D, BF16)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     acc = ()

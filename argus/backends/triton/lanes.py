@@ -69,6 +69,30 @@ def _half(at):
 
 
 @triton.jit
+def _words(at, COUNT: tl.constexpr):
+    """COUNT neighbouring words from one address a lane."""
+    if COUNT == 1:
+        words = (_load1(at),)
+    elif COUNT == 2:
+        words = _load2(at)
+    else:
+        words = ()
+        for i in tl.static_range(COUNT // 4):
+            words = words + _load4(at + i * 16)
+    return words
+
+
+@triton.jit
+def _floats(at, COUNT: tl.constexpr):
+    """COUNT neighbouring float32 from one address a lane."""
+    words = _words(at, COUNT)
+    x = ()
+    for i in tl.static_range(COUNT):
+        x = x + (words[i].to(tl.float32, bitcast=True),)
+    return x
+
+
+@triton.jit
 def _fetch(at):
     """Bring a line of 128 bytes to the L2 cache, for a load that comes later: it takes no registers."""
     return tl.inline_asm_elementwise(

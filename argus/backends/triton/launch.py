@@ -96,8 +96,6 @@ class Job:
         Of a unit, in the time that 64 tokens of 2-bit codes take.
     first, splits : int
         Programs a head: the first that answers for it, and how many. Small parts may have one together.
-    turned : bool
-        Whether the merge turns its answers back, by the rotation that all such jobs share; they come first.
     """
 
     part: Run | Dense
@@ -107,14 +105,13 @@ class Job:
     cost: float = 1.0
     first: int = 0
     splits: int = 1
-    turned: bool = False
 
 
 def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
     """The jobs that answer `query` for all parts: those of the fused kernel, in order, and then the others."""
     batch, heads, rows, dim = query.rows.shape
     processors = tuning.processors(query.rows.device)
-    jobs = turned_first([job_of(query, one) for part in parts for one in apart(query, part)])
+    jobs = [job_of(query, one) for part in parts for one in apart(query, part)]
     fused = [job for job in jobs if job.share != "any"]
     resident = tuning.resident([(job.share, job.constants) for job in fused], dim)
     room = max(1, processors * resident // (batch * heads * tuning.over(rows, ROWS)))
@@ -125,17 +122,6 @@ def plan(query: Query, parts: Sequence[Run | Dense]) -> list[Job]:
             least = 128 if isinstance(job.part, Dense) else 1
             out.append(replace(job, splits=tuning.splits(job.units, batch * heads, least, processors, 4)))
     return out
-
-
-def turned_first(jobs: list[Job]) -> list[Job]:
-    """The same jobs, those first whose answers the merge turns back: of codebooks, with the rotation of the first such."""
-    rotations = [forms.rotation(job.part.value_form) for job in jobs if job.share == "book"]
-    one = next((rotation for rotation in rotations if rotation is not None), None)
-    if one is None:
-        return jobs
-    turned = [job.share == "book" and forms.rotation(job.part.value_form) == one for job in jobs]
-    first = [replace(job, turned=True) for job, yes in zip(jobs, turned, strict=True) if yes]
-    return first + [job for job, yes in zip(jobs, turned, strict=True) if not yes]
 
 
 def apart(query: Query, part: Run | Dense) -> tuple[Run | Dense, ...]:
@@ -179,7 +165,8 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     tiles = tuning.half_tiles(dim, part.pages)
     if in_book(part, dim):
         tiles = tiles if page % (16 * tiles) == 0 else 1
-        facts = (page, tiles, key.option, value.option, mask, part.exact)
+        turns = (forms.signs(form, dim) is not None for form in (key, value))
+        facts = (page, tiles, key.option, value.option, *turns, mask, part.exact)
         return Job(part, "book", part.pages * (page // (16 * tiles)), facts, tiles * tuning.BOOK)
     if in_pages(part, dim, 16 * tiles):
         coded = isinstance(key, Float8)
@@ -276,7 +263,7 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: 
     )  # fmt: skip
     slot = 0
     for job in jobs:
-        if job.share == "book" and not job.turned:
+        if job.share == "book" and forms.signs(job.part.value_form, dim) is None:
             forms.turn_back(job.part.value_form, work.out[:, slot : slot + job.splits])
         slot += job.splits
 
@@ -286,12 +273,20 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     part = job.part
     if isinstance(part, Run):
         found = (part.table, part.positions, *part.laid)
-        return (*found, forms.turned(part.key_form, query.rows).contiguous()) if job.share == "book" else found
+        return (*found, *_turns(query, part)) if job.share == "book" else found
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
     scales = (x.contiguous() for x in part.scales or ())
     return (keys, values, placed, *(odd(count) for count in counts), *scales)
+
+
+def _turns(query: Query, run: Run) -> tuple[Tensor, ...]:
+    """Queries, and the signs with which lanes turn them and the answers; what is not read is queries too."""
+    rows, dim = query.rows, query.rows.shape[-1]
+    signs = [forms.signs(form, dim) for form in (run.key_form, run.value_form)]
+    queries = (forms.turned(run.key_form, rows) if signs[0] is None else rows).contiguous()
+    return (queries, *(queries if one is None else one(dim, rows).contiguous() for one in signs))
 
 
 def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
@@ -332,23 +327,18 @@ def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
     )  # fmt: skip
 
 
-def merge(query: Query, jobs: Sequence[Job], work: Workspace, sinks: Tensor | None, dispatch: Dispatch) -> Tensor:
+def merge(query: Query, work: Workspace, sinks: Tensor | None, dispatch: Dispatch) -> Tensor:
     """The answer ``[B, H, R, D]`` float32 of all splits and the sinks."""
     batch, heads, rows, dim = query.rows.shape
     out = torch.empty_like(query.rows, memory_format=torch.contiguous_format)
-    turned = sum(job.splits for job in jobs if job.turned)
-    slots, whole = work.out.shape[1], tuning.power(dim) if turned else 0
-    chunk, at_once, warps = tuning.merging(slots, dim, whole)
+    slots = work.out.shape[1]
+    chunk, at_once, warps = tuning.merging(slots, dim)
     early = query.rows.is_cuda
-    turn = forms.rotation(jobs[0].part.value_form)(dim, query.rows).contiguous() if turned else work.out
     dispatch.launch(
         _merge_kernel,
         (batch * heads, rows, tuning.over(dim, chunk)),
-        (
-            work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, turn,
-            slots, heads, rows, query.length, turned,
-        ),
-        {"D": dim, "CB": chunk, "NB": at_once, "DB": whole, "SINKS": sinks is not None, "EARLY": early},
+        (work.out, work.lse, work.lse if sinks is None else sinks.contiguous(), out, slots, heads, rows, query.length),
+        {"D": dim, "CB": chunk, "NB": at_once, "SINKS": sinks is not None, "EARLY": early},
         num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )

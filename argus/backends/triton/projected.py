@@ -19,9 +19,8 @@ from argus.backends.triton.lanes import (
     _bits,
     _bytes,
     _fetch,
+    _floats,
     _halves,
-    _load1,
-    _load2,
     _load4,
     _load16,
     _mma,
@@ -33,22 +32,9 @@ from argus.backends.triton.lanes import (
     _store2,
     _sum,
     _transposed,
+    _words,
     _xor,
 )
-
-
-@triton.jit
-def _words(at, COUNT: tl.constexpr):
-    """COUNT neighbouring words from one address a lane."""
-    if COUNT == 1:
-        words = (_load1(at),)
-    elif COUNT == 2:
-        words = _load2(at)
-    else:
-        words = ()
-        for i in tl.static_range(COUNT // 4):
-            words = words + _load4(at + i * 16)
-    return words
 
 
 @triton.jit
@@ -72,16 +58,6 @@ def _parts(x):
 @triton.jit
 def _half_at(at):
     return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _floats(at, COUNT: tl.constexpr):
-    """COUNT neighbouring float32 from one address a lane."""
-    words = _words(at, COUNT)
-    x = ()
-    for i in tl.static_range(COUNT):
-        x = x + (words[i].to(tl.float32, bitcast=True),)
-    return x
 
 
 @triton.jit

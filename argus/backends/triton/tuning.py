@@ -75,16 +75,9 @@ def splits(units: int, heads: int, per_program: int, processors: int, resident: 
     return max(1, min(most, over(units, per_program)))
 
 
-def merging(slots: int, dim: int, whole: int) -> tuple[int, int, int]:
-    """Channels of a program of the merge, answers that it takes at once, and its warps.
-
-    Where answers are turned back every program reads all channels of them, padded to `whole`, so there are fewer programs.
-    """
-    at_once = max(2, power(slots))
-    if whole:
-        at_once = min(at_once, 32768 // whole)
-        return min(32, whole), at_once, max(4, min(16, at_once * whole // 4096))
-    chunk, at_once = min(16, power(dim)), min(512, at_once)
+def merging(slots: int, dim: int) -> tuple[int, int, int]:
+    """Channels of a program of the merge, answers that it takes at once, and its warps."""
+    chunk, at_once = min(16, power(dim)), min(512, max(2, power(slots)))
     return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
 
 

@@ -54,6 +54,11 @@ def hadamard(x: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def random_signs(length: int, seed: int) -> Tensor:
+    """``[length]`` float32, ones and minus ones."""
+    return 2.0 * torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(seed)) - 1.0
+
+
 def kernel() -> Any:
     """The function that reads codes on a GPU; Triton is imported here and nowhere before."""
     from argus_rotation.kernel import load
@@ -80,12 +85,11 @@ class Rotation(Tier):
 
     def rotation(self, dim: int, like: Tensor) -> Tensor:
         """``R [D, D]`` float32 with ``x = y R``, ``H`` with random signs, on the device of `like`, made once."""
-        return self._constant(f"rotation.{dim}", like, lambda: hadamard(torch.eye(dim)) * self.signs(dim))
+        return self._constant(f"rotation.{dim}", like, lambda: hadamard(torch.eye(dim)) * random_signs(dim, self.config.seed))
 
-    def signs(self, dim: int) -> Tensor:
-        """``[D]`` float32, ones and minus ones."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return 2.0 * torch.randint(0, 2, (dim,), generator=generator) - 1.0
+    def signs(self, dim: int, like: Tensor) -> Tensor:
+        """The signs ``[D]`` float32 of :meth:`rotation` on the device of `like`, made once."""
+        return self._constant(f"signs.{dim}", like, lambda: random_signs(dim, self.config.seed))
 
     def levels(self, like: Tensor) -> Tensor:
         """The codebook ``[2 ** bits]`` float32 on the device of `like`, made once."""
@@ -121,8 +125,7 @@ class Rotation(Tier):
         if size is None:
             return None
         turn = self._constant(f"turn.{size}", x, lambda: (hadamard(torch.eye(size)) * sqrt(size)).round().half())
-        signs = self._constant(f"signs.{dim}", x, lambda: self.signs(dim))
-        return encode(x, turn, signs, self.bounds(x), bits, size)
+        return encode(x, turn, self.signs(dim, x), self.bounds(x), bits, size)
 
     def decode(self, payload: Payload, role: Role) -> Tensor:
         codes = unpack(payload["codes"], self.config.bits)
@@ -130,7 +133,7 @@ class Rotation(Tier):
         return turned @ self.rotation(codes.shape[-1], codes)
 
     def form(self, role: Role) -> Loaded:
-        return Loaded(kernel, self.config.bits, self.levels, self.rotation, book=True)
+        return Loaded(kernel, self.config.bits, self.levels, self.rotation, self.signs, book=True)
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
         width: int = self.config.bits

@@ -100,6 +100,16 @@ def test_a_token_with_one_large_number_is_kept_where_plain_codes_fail():
     assert (found - x).norm() / x.norm() < 0.15
 
 
+@pytest.mark.parametrize("dim", [2, 64, 128])
+def test_the_rotation_is_signs_and_a_hadamard_matrix_in_sylvesters_order(dim):
+    tier, like = rotation(seed=3), torch.empty(0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < dim:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    torch.testing.assert_close(tier.rotation(dim, like), matrix / dim**0.5 * tier.signs(dim, like))
+    assert tier.form("keys").signs(dim, like) is tier.signs(dim, like)
+
+
 def test_the_seed_chooses_the_signs():
     x = normal(1, 1, 1, 4, 64)
     first, again, other = (rotation(seed=seed).encode(x, "keys")["codes"] for seed in (0, 0, 1))
