@@ -9,7 +9,6 @@ from argus.backends.triton.codes import _field
 from argus.backends.triton.lanes import _half, _halves, _load2, _load4
 from argus.backends.triton.products import (
     TINY,
-    _ahead,
     _for_totals,
     _fused,
     _in_pairs,
@@ -127,7 +126,6 @@ def _channel_kernel(
 ):  # fmt: skip
     """Archive a page of one head whose scales are channels': ``c = scale * (W codes) / 64``."""
     unit, lane = _placed(count, W)
-    _ahead(from_ptr, from_scale, from_zero, count, lane, W, 8 * D * FROM_BITS, 2 * D)
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from argus.backends.triton.codes import _load_block, _place, _word
 from argus.backends.triton.lanes import _bytes, _load4
-from argus.backends.triton.products import TINY, _ahead, _for_totals, _in_pairs, _operands, _packed, _placed, _products, _quantized, _totals
+from argus.backends.triton.products import TINY, _for_totals, _in_pairs, _operands, _packed, _placed, _products, _quantized, _totals
 from argus.backends.triton.words import _put16, _put_some1, _traded
 
 
@@ -59,7 +59,6 @@ def _token_kernel(
 ):  # fmt: skip
     """Archive a page of one head whose scales are tokens': ``c = (W (scale * codes) + W zero) / 64``."""
     unit, lane = _placed(count, W)
-    _ahead(from_ptr, from_scale, from_zero, count, lane, W, 8 * D * FROM_BITS, 128)
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1

@@ -9,14 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lanes import _bytes, _fetch, _load4, _mma16, _xor
+from argus.backends.triton.lanes import _bytes, _load4, _mma16, _xor
 from argus.backends.triton.rounding import _affine
 from argus.backends.triton.words import _put16, _put_some1, _put_some2, _put_some4
 
 NEAR = tl.constexpr(128.0)
 """From here to 256 a unit is the last bit of a BF16 number."""
-AHEAD = tl.constexpr(1536)
-"""Pages of a head from one that is archived to the one that is fetched meanwhile: about as many as there are warps."""
 TINY = tl.constexpr(2.0**24)
 """One over what the last bit of an FP16 number below 2^-14 stands for."""
 
@@ -26,18 +24,6 @@ def _placed(count, W: tl.constexpr):
     """The page and head of each of W warps, and a lane's number in it: the last warps may do again what others do."""
     thread = tl.arange(0, 32 * W)
     return tl.minimum(tl.program_id(0) * W + thread // 32, count - 1).to(tl.int64), thread % 32
-
-
-@triton.jit
-def _ahead(from_ptr, from_scale, from_zero, count, lane, W: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr):
-    """Bring a later page, of so many bytes, to the L2 cache: a warp's own would all wait for memory at once."""
-    unit = tl.minimum(tl.program_id(0) * W + tl.arange(0, 32 * W) // 32 + AHEAD, count - 1).to(tl.int64)
-    LINES: tl.constexpr = SCALES // 128
-    scales = tl.where(lane % (2 * LINES) < LINES, from_scale.to(tl.int64), from_zero.to(tl.int64))
-    scales += unit * SCALES + lane % LINES * 128
-    for i in tl.static_range((CODES // 128 + 2 * LINES + 31) // 32):
-        line = lane + 32 * i
-        _fetch(tl.where(line < CODES // 128, from_ptr.to(tl.int64) + unit * CODES + line * 128, scales))
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 A page is ``x = mean + W^T c`` with 16, 8 or 4 rows ``c`` for 64 tokens, so ``q . x = q . mean + W^T (c q)`` and
 ``p x = sum(p) mean + (W p) c``. Coefficients are planar 4-bit codes with a scale and a zero a row: ``c q`` is
 ``(codes q) * scale + sum(q) * zero``, and the values' scales go into ``W p``. Built as ``codes.py`` is: products with codes on
-integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W`` and means on ``mma.m16n8k16``, every FP32 factor
-as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read from the L1 cache for each page: its
-registers would leave room for fewer warps.
+integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W``, of ones and minus ones, and with means on
+``mma.m16n8k16``, every FP32 factor as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read
+from the L1 cache for each page: its registers would leave room for fewer warps.
 """
 
 from __future__ import annotations
@@ -167,9 +167,8 @@ def _projected_share(
         best = m
         for i in tl.static_range(4):
             f = zero4
-            for half in tl.static_range(2):
-                w = _reload4(back + (2 * i + half) * 512)
-                f = _mma16(w[0], w[1], w[2], w[3], r0, r1, f, False)
+            w = _reload4(back + i * 512)
+            f = _mma16(w[0], w[1], w[2], w[3], r0, r1, f, False)
             for h in tl.static_range(2):
                 s = f[2 * h] + f[2 * h + 1] + offset
                 token = 16 * i + 8 * h + g
@@ -199,9 +198,8 @@ def _projected_share(
         total = total * keep + weight
         f = zero4
         for i in tl.static_range(4):
-            for half in tl.static_range(2):
-                w = _reload4(forth + (2 * i + half) * 512)
-                f = _mma16(w[0], w[1], w[2], w[3], weigh[2 * i], weigh[2 * i + 1], f, False)
+            w = _reload4(forth + i * 512)
+            f = _mma16(w[0], w[1], w[2], w[3], weigh[2 * i], weigh[2 * i + 1], f, False)
         w0 = f[0] + f[1]
         w1 = f[2] + f[3]
         scale_at = tl.load(row_of + 4) + inner * (M * 2)
