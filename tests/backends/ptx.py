@@ -22,22 +22,8 @@ G, T = np.arange(32) // 4, np.arange(32) % 4
 def inline_asm(
     asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int, **_: object
 ) -> tl.tensor | tuple[tl.tensor, ...]:
-    """Stands for ``triton.language.inline_asm_elementwise`` on tensors of as many lanes as some warps have."""
-    arrays = [np.asarray(arg.handle.data) for arg in args]
-    threads = max(32, *(array.size for array in arrays))
-    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
-    whole = [np.broadcast_to(array, (threads,)) for array in arrays]
-    warps = [one_warp(asm, [array[i : i + 32] for array in whole], len(kinds)) for i in range(0, threads, 32)]
-    results = [np.concatenate([warp[j] for warp in warps]) for j in range(len(kinds))]
-    outs = tuple(
-        tl.tensor(TensorHandle(as_kind(result, kind), kind), tl.block_type(kind, [threads]))
-        for result, kind in zip(results, kinds, strict=True)
-    )
-    return outs if isinstance(dtype, tuple) else outs[0]
-
-
-def one_warp(asm: str, arrays: list[np.ndarray], outputs: int) -> list[np.ndarray]:
-    """What one instruction, or a block of them, gives 32 lanes."""
+    """Stands for ``triton.language.inline_asm_elementwise`` on tensors of 32 lanes."""
+    arrays = [np.broadcast_to(np.asarray(arg.handle.data), (32,)) for arg in args]
     name = asm.split()[0]
     if name.startswith("ld.global.nc") and ".b32" in name:
         width = 4 if ".v4." in name else 2 if ".v2." in name else 1
@@ -81,8 +67,14 @@ def one_warp(asm: str, arrays: list[np.ndarray], outputs: int) -> list[np.ndarra
         a, b = (np.ascontiguousarray(x.astype(np.int32)).view(np.float16) for x in arrays)
         results = [(a * b).view(np.int32)]
     else:
+        outputs = len(dtype) if isinstance(dtype, tuple) else 1
         results = machine.run(asm, arrays, outputs)
-    return results
+    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+    outs = tuple(
+        tl.tensor(TensorHandle(as_kind(result, kind), kind), tl.block_type(kind, [32]))
+        for result, kind in zip(results, kinds, strict=True)
+    )
+    return outs if isinstance(dtype, tuple) else outs[0]
 
 
 def as_kind(result: np.ndarray, kind: Any) -> np.ndarray:

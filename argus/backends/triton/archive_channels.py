@@ -13,7 +13,6 @@ from argus.backends.triton.products import (
     _fused,
     _in_pairs,
     _operands,
-    _placed,
     _packed,
     _products,
     _put_run,
@@ -121,11 +120,12 @@ def _run(at, D: tl.constexpr):
 
 @triton.jit
 def _channel_kernel(
-    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr, count,
-    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr,
+    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Archive a page of one head whose scales are channels': ``c = scale * (W codes) / 64``."""
-    unit, lane = _placed(count, W)
+    unit = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1
@@ -142,12 +142,12 @@ def _channel_kernel(
     LAST: tl.constexpr = place(3, FROM_BITS)
     counts = ()
     for i in tl.static_range(8):
-        counts = counts + (lane * 0 + (0x3C003C00 + 0x04000400 * (LAST - place(i // 2, FROM_BITS))),)
+        counts = counts + (tl.full((32,), 0x3C003C00 + 0x04000400 * (LAST - place(i // 2, FROM_BITS)), tl.int32),)
     counts = _for_totals(counts, g)
     ONE: tl.constexpr = TINY / 2**LAST
     # Of one bit the second half of the channels lies a bit further.
     SECOND: tl.constexpr = 0.5 if FROM_BITS == 1 else 1.0
-    zero = (lane * 0).to(tl.float32)
+    zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
     # Channels of columns 2 t and, D / 2 further, 2 t + 1.
     channel = t // 2 * (D // 4) + t % 2 * (D // 16)
@@ -212,8 +212,8 @@ def _channel_kernel(
         numbers = lower if r else upper
         # Numbers are [half, run, column].
         codes = _quantized(
-            numbers[0::2], numbers[1::2], 0.0, scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R),
-            ONE / 64, K if SHORT else 2 * K, BITS, SHORT,
+            numbers[0::2], numbers[1::2], 0.0, scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row,
+            (t == 0) & (row < R), ONE / 64, K if SHORT else 2 * K, BITS, SHORT,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
         if SHORT:

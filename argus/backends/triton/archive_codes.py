@@ -1,10 +1,10 @@
 """One kernel from integer codes to their Johnson-Lindenstrauss archive: a warp takes a page of a head, 64 tokens, in registers.
 
-Coefficients are ``c = W (x - mean) / 64``, up to 16 rows, and pages are ``x = scale * code + zero``. Rows of ``W`` have ones and as
-many minus ones, so means and zeros of channels fall out of them: of axis ``channel``, ``c = scale * (W codes) / 64``. Scales of
-tokens change the signs that ``W`` has there and nothing else: of axis ``token``, ``c = ((W scale) codes + W zero) / 64``. Both are
-products of FP16 numbers, exact, with float32 sums on tensor cores: a code of up to 8 bits is an FP16 number below 2^-14 as it
-is, wherever in its byte it lies.
+Coefficients are ``c = W (x - mean) / 64``, up to 16 rows, and pages are ``x = scale * code + zero``. Rows of ``W`` have ones
+and as many minus ones, so means and zeros of channels fall out of them: of axis ``channel``, ``c = scale * (W codes) / 64``.
+Scales of tokens take the signs of ``W``, which costs them no bit: of axis ``token``, ``c = ((W scale) codes + W zero) / 64``.
+Both are products of FP16 numbers, exact, with float32 sums on tensor cores: a code of up to 8 bits is an FP16 number below
+2^-14 as it is, wherever in its byte it lies.
 
 A lane holds columns 2 t and 2 t + 1 of products (lane ``4 g + t``), so groups of coefficients, which run along channels, are
 shared by the four lanes of a row. Its tokens are ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` for byte ``c`` of word ``(s, h)``, as
@@ -62,10 +62,9 @@ def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weigh
         # Codes that are summed lie at several places of their bytes.
         places = [0] * 4 if tokens else [place(i, source.bits) for i in range(4)]
         laid = kept.of(form, codes, tuple(2.0 ** (places[3] - one) for one in places))
-        warps = tuning.ARCHIVE_WARPS
-        kernel[(tuning.over(head.numel(), warps),)](
-            codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(), head.numel(),
-            dim, rows, source.bits, source.symmetric, inner.bits, warps,
-            num_warps=warps, maxnreg=tuning.archive_registers(rows, tokens),
+        kernel[(head.numel(),)](
+            codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
+            dim, rows, source.bits, source.symmetric, inner.bits,
+            num_warps=1, maxnreg=tuning.ARCHIVE_REGISTERS,
         )  # fmt: skip
     return made

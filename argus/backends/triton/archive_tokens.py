@@ -7,13 +7,13 @@ import triton.language as tl
 
 from argus.backends.triton.codes import _load_block, _place, _word
 from argus.backends.triton.lanes import _bytes, _load4
-from argus.backends.triton.products import TINY, _for_totals, _in_pairs, _operands, _packed, _placed, _products, _quantized, _totals
+from argus.backends.triton.products import TINY, _for_totals, _in_pairs, _operands, _packed, _products, _quantized, _totals
 from argus.backends.triton.words import _put16, _put_some1, _traded
 
 
 @triton.constexpr_function
 def _tile_place(tile, bits, dim):
-    """The bit at which codes of 8 channels lie in their bytes: where most of them lie anyway; two neighbouring tiles' is one."""
+    """The bit at which codes of 8 channels lie in their bytes, where most of them lie anyway: one for two such tiles."""
     return _place(tile // 2 * 8 + 7, bits, dim)
 
 
@@ -47,18 +47,19 @@ def _pairs_of_tokens(at):
     far = _load4(at + 16)
     words = ()
     for i in tl.static_range(4):
-        words = words + (_bytes(near[i], far[i], near[i] * 0 + 0x5410),)
-        words = words + (_bytes(near[i], far[i], near[i] * 0 + 0x7632),)
+        words = words + (_bytes(near[i], far[i], tl.full((32,), 0x5410, tl.int32)),)
+        words = words + (_bytes(near[i], far[i], tl.full((32,), 0x7632, tl.int32)),)
     return words
 
 
 @triton.jit
 def _token_kernel(
-    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr, count,
-    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr,
+    from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
+    D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Archive a page of one head whose scales are tokens': ``c = (W (scale * codes) + W zero) / 64``."""
-    unit, lane = _placed(count, W)
+    unit = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1
@@ -66,7 +67,7 @@ def _token_kernel(
     SHORT: tl.constexpr = R <= 4
     PER: tl.constexpr = 2 if SHORT else 1
     first = g < 4
-    zero = (lane * 0).to(tl.float32)
+    zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
     words = _load_block(from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS), lane, FROM_BITS, D)
     beside = ()
@@ -89,7 +90,7 @@ def _token_kernel(
     shift = _products(signs, shifts, zero4)
     ones = ()
     for i in tl.static_range(16):
-        ones = ones + (lane * 0 + 0x3C003C00,)
+        ones = ones + (tl.full((32,), 0x3C003C00, tl.int32),)
     shift_total = _products(ones, shifts, zero4)[0] * FACTOR
     upper = ()
     lower = ()

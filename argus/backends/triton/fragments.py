@@ -26,8 +26,9 @@ def fragments(matrix: Tensor, factor: float, back: bool) -> Tensor:
     Returns
     -------
     Tensor
-        int32 ``[4, 32, 4]``: 16 tokens, lane ``4 g + t``, word. Word ``r`` holds two numbers ``e``: token ``16 i + g + 8 (r % 2)``
-        with coefficients ``2 t + 8 (r / 2) + e``; or coefficient ``g + 8 (r % 2)`` with tokens ``16 i + 2 t + 8 (r / 2) + e``.
+        int32 ``[4, 32, 4]``: 16 tokens, lane ``4 g + t``, word. Word ``r`` holds two numbers ``e``: token
+        ``16 i + g + 8 (r % 2)`` with coefficients ``2 t + 8 (r / 2) + e``; or coefficient ``g + 8 (r % 2)`` with tokens
+        ``16 i + 2 t + 8 (r / 2) + e``.
     """
     laid = torch.zeros(16, PAGE, dtype=torch.float16, device=matrix.device)
     laid[: len(matrix)] = factor * matrix

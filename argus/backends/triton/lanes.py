@@ -170,16 +170,6 @@ def _mma(a, b0, b1, c, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _mma_right(a, b0, b1, c):
-    """c + a @ b for 16 x 32 int8 and 32 x 8 unsigned codes."""
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _halves(word):
     """The two FP16 numbers of a word. In one piece, so that each is one instruction that reads its half."""
     return tl.inline_asm_elementwise(

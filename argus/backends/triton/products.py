@@ -20,13 +20,6 @@ TINY = tl.constexpr(2.0**24)
 
 
 @triton.jit
-def _placed(count, W: tl.constexpr):
-    """The page and head of each of W warps, and a lane's number in it: the last warps may do again what others do."""
-    thread = tl.arange(0, 32 * W)
-    return tl.minimum(tl.program_id(0) * W + thread // 32, count - 1).to(tl.int64), thread % 32
-
-
-@triton.jit
 def _packed(a, b):
     """Two numbers rounded to FP16, in a word."""
     return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, True, 1)
@@ -126,20 +119,21 @@ def _nearest(a, b, inverse, offset):
 
 
 @triton.jit
-def _four(x, I: tl.constexpr, inverse, offset):
+def _four(x, FIRST: tl.constexpr, inverse, offset):
     """A word of four codes."""
-    near = _nearest(x[4 * I], x[4 * I + 1], inverse, offset)
-    far = _nearest(x[4 * I + 2], x[4 * I + 3], inverse, offset)
-    return _bytes(near, far, near * 0 + 0x6420)
+    near = _nearest(x[FIRST], x[FIRST + 1], inverse, offset)
+    far = _nearest(x[FIRST + 2], x[FIRST + 3], inverse, offset)
+    return _bytes(near, far, tl.full((32,), 0x6420, tl.int32))
 
 
 @triton.jit
 def _quantized(
     x, y, offset, scale_at, zero_at, held, UNIT: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
 ):  # fmt: skip
-    """Words of 4-bit codes of two times N numbers a lane, a row each four lanes or eight: a byte holds one of `x` and one of `y`.
+    """Words of 4-bit codes of two times N numbers a lane, a row each four lanes or eight; a byte holds one of `x`, one of `y`.
 
-    Their scale and zero are stored where `held`. offset: of the row, to be added to numbers. UNIT: what a number of 1 stands for, a power of two.
+    Their scale and zero are stored where `held`. offset: of the row, to be added to numbers. UNIT: what a number of 1 stands
+    for, a power of two.
     """
     low = (_least(x + y, 2 * N, False, SHORT) + offset) * UNIT
     scale, zero = _affine(low, (_least(x + y, 2 * N, True, SHORT) + offset) * UNIT, (1 << BITS) - 1)
@@ -151,7 +145,7 @@ def _quantized(
     inverse = inverse * UNIT
     words = ()
     for i in tl.static_range(N // 4):
-        words = words + (_four(x, i, inverse, least) + 16 * _four(y, i, inverse, least),)
+        words = words + (_four(x, 4 * i, inverse, least) + 16 * _four(y, 4 * i, inverse, least),)
     return words
 
 

@@ -23,20 +23,9 @@ PROJECTED, SIXTEEN, EIGHT, DENSE, FEW, BOOK = 0.9, 1.1, 0.9, 1.2, 1.5, 0.7
 codes of any width, and of 16 tokens of codes of a codebook, in that of 64 tokens of 2-bit codes. They only divide work."""
 
 
-CODEC_REGISTERS, NARROW_REGISTERS = 168, 96
-"""Registers that a lane of the codec's one-warp kernels may take, and of the one that makes codes of codes."""
-
-
-ARCHIVE_WARPS = 4
-"""Warps of a program that archives codes, with a page of a head each: programs of one warp come too slowly."""
-
-
-def archive_registers(rows: int, tokens: bool) -> int:
-    """Registers that a lane may take that archives codes in so many rows; `tokens`: whose scales are tokens'.
-
-    Of up to 4 rows it holds half a row, of up to 8 one, else two.
-    """
-    return CODEC_REGISTERS if rows > 8 else 128 if rows > 4 or tokens else 96
+CODEC_REGISTERS, NARROW_REGISTERS, ARCHIVE_REGISTERS = 168, 96, 128
+"""Registers that a lane may take of the codec's one-warp kernels, of the one that makes codes of codes, and of those that
+archive codes."""
 
 
 def codec_warps(numbers: int, warp: int = 2048) -> int:
