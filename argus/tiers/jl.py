@@ -22,7 +22,7 @@ class JlConfig(TierConfig):
     """Options of jl.
 
     ``ratio`` tokens become one row of coefficients, which the tier ``coefficients`` keeps. ``unbiased`` multiplies what
-    is read by ``ratio``, so that products with it are right in the mean over projections, at more error in each.
+    is read by ``(P - 1) / R``, so that products with it are right in the mean over projections, at more error in each.
     ``centre`` keeps the page's mean apart; without it, for comparison, the numbers are projected as they are.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from argus.backends.base import PREFIX, Affine, Float8, Plain, Projected
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import archive, archive_codes
 from argus.backends.triton.backend import TritonBackend
-from argus.backends.triton.fragments import Weights
+from argus.backends.triton.fragments import Weights, fragments, signs
 from argus.tiers.jl import projection
 
 
@@ -121,6 +123,15 @@ def test_projected_codes_stay_not_finite(first: str, number: float) -> None:
     held["scale"].view(-1)[9] = number
     got = backend.recode(Kept(backend, form), Kept(backend, target), held, "keys")
     assert not bool(got["mean"].isfinite().all())
+
+
+@pytest.mark.parametrize("spoil", [0.0, 0.5, -1.0])
+def test_projections_of_other_numbers_are_refused(spoil: float) -> None:
+    matrix = projection(64, 16, 0)
+    matrix[3, int(matrix[3].argmax())] = spoil
+    for lay in (partial(signs, factors=(1.0,) * 4), partial(fragments, factor=1.0, back=True)):
+        with pytest.raises(ValueError, match=r"ones and as many minus ones"):
+            lay(matrix)
 
 
 def test_projections_are_laid_once() -> None:

@@ -12,6 +12,19 @@ SHORT = 4
 """Rows up to which an operand of :func:`signs` holds each twice."""
 
 
+def checked(matrix: Tensor) -> Tensor:
+    """A projection that is what :class:`argus.backends.forms.Projected` asks for: looked at once, when it is laid.
+
+    Raises
+    ------
+    ValueError
+        If `matrix` has other numbers than ones and minus ones, or a row whose sum is not 0.
+    """
+    if not bool((matrix.abs() == 1).all()) or bool(matrix.sum(1).any()):
+        raise ValueError("a projection must have ones and as many minus ones in each row; see argus.backends.forms.Projected")
+    return matrix
+
+
 def fragments(matrix: Tensor, factor: float, back: bool) -> Tensor:
     """``factor * W`` in FP16.
 
@@ -29,9 +42,14 @@ def fragments(matrix: Tensor, factor: float, back: bool) -> Tensor:
         int32 ``[4, 32, 4]``: 16 tokens, lane ``4 g + t``, word. Word ``r`` holds two numbers ``e``: token
         ``16 i + g + 8 (r % 2)`` with coefficients ``2 t + 8 (r / 2) + e``; or coefficient ``g + 8 (r % 2)`` with tokens
         ``16 i + 2 t + 8 (r / 2) + e``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`checked`.
     """
     laid = torch.zeros(16, PAGE, dtype=torch.float16, device=matrix.device)
-    laid[: len(matrix)] = factor * matrix
+    laid[: len(matrix)] = factor * checked(matrix)
     if back:
         x = laid.reshape(2, 4, 2, 4, 2, 8)  # r / 2, t, e, i, r % 2, g
         x = x.permute(3, 5, 1, 0, 4, 2)
@@ -60,12 +78,10 @@ def signs(matrix: Tensor, factors: tuple[float, ...]) -> Tensor:
     Raises
     ------
     ValueError
-        If `matrix` has other numbers, or a row whose sum is not 0.
+        As :func:`checked`.
     """
-    if not bool((matrix.abs() == 1).all()) or bool(matrix.sum(1).any()):
-        raise ValueError("a projection for pages of codes has ones and as many minus ones in each row")
     laid = torch.zeros(16, PAGE, dtype=torch.float16, device=matrix.device)
-    laid[: len(matrix)] = matrix
+    laid[: len(matrix)] = checked(matrix)
     if len(matrix) <= SHORT:
         laid[4:8] = laid[:4]
     x = laid.view(2, 8, 4, 2, 4, 2).permute(4, 1, 2, 5, 0, 3)  # h, g, t, e, i, r -> i, g, t, r, h, e

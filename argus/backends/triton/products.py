@@ -33,7 +33,7 @@ def _fused(a, b, c):
 
 @triton.jit
 def _operands(at, COUNT: tl.constexpr):
-    """COUNT operands of four words, as :func:`argus.backends.triton.fragments.fragments` lays them."""
+    """COUNT operands of four words, as :func:`argus.backends.triton.fragments.signs` lays them."""
     words = ()
     for i in tl.static_range(COUNT):
         words = words + _load4(at + i * 512)
