@@ -1,4 +1,4 @@
-"""One layer's cache: bounded memory, errors that leave it readable, crops, padding, masks, and one encoding a page."""
+"""One layer's cache: bounded memory, errors that leave it readable, crops, padding and masks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from torch import Tensor
 
 from argus import attention
 from argus.backends import cpu
-from argus.engine import Context, LayerCache, check_targets
+from argus.engine import Context, LayerCache
 from argus.errors import ArgusError, RangeError
-from argus.hookspecs import hookimpl
 from argus.ledger import measure, total_bytes
-from argus.policies.base import Aging, PageFacts, StageFacts
-from argus.tiers.fp16 import Fp16
 from tests.conftest import (
     DIM,
     GROUPS,
@@ -23,12 +20,10 @@ from tests.conftest import (
     SEVEN,
     Allocations,
     ask,
-    config,
     contents,
     dense_attention,
     grow,
     make_layer,
-    make_plan,
     queries,
     tokens,
 )
@@ -329,162 +324,3 @@ def test_later_tokens_are_not_seen(layer):
     grow(layer, *tokens(1, 96))
     layer.write(*tokens(2, 7))
     answers_as_it_reads(layer, queries(3, 7))
-
-
-# Chunks
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 8, 29, 64])
-@pytest.mark.parametrize("anchors", [{}, {"sinks": {"tokens": 3}}])
-def test_prefill_in_chunks_is_prefill_at_once(chunk, anchors):
-    """With exact stages: tokens, attention and where each page is."""
-    options = {"order": ("fp16",), "block_pages": 3, "anchors": anchors}
-    whole, parts = make_layer(**options), make_layer(**options)
-    keys, values = tokens(1, 130)
-    grow(whole, keys, values)
-    grow(parts, keys, values, chunk=chunk)
-    assert parts.where == whole.where
-    for x, wanted in zip(contents(parts), (keys, values), strict=True):
-        assert torch.equal(x, wanted)
-    q = queries(2, 5)
-    torch.testing.assert_close(ask(parts, q), ask(whole, q), **CLOSE)
-
-
-class Counting(Fp16):
-    """fp16 that notes how many pages it encodes."""
-
-    encoded = 0
-
-    def encode(self, x, role):
-        type(self).encoded += len(x)
-        return super().encode(x, role)
-
-
-def counting(names: list[str]) -> tuple[object, dict[str, type[Counting]]]:
-    """A plugin with a counting tier for each name."""
-    kinds = {name: type(name, (Counting,), {"encoded": 0}) for name in names}
-
-    class Plugin:
-        @hookimpl
-        def argus_tiers(self):
-            return kinds
-
-    return Plugin(), kinds
-
-
-def test_a_long_prompt_is_encoded_once_straight_into_its_stage():
-    names = ["first", "second", "third", "last"]
-    plugin, kinds = counting(names)
-    capacities = {"first": 16, "second": 32, "third": 8}
-    layer = LayerCache(make_plan(config(names, capacities, options={name: {} for name in names}, window=8), [plugin]))
-    grow(layer, *tokens(1, 168))
-    assert len(layer.where) == 20
-    assert [len(pool) for pool in layer.pools] == [2, 4, 1, 13]
-    assert {name: kind.encoded / 2 for name, kind in kinds.items()} == {"first": 2, "second": 4, "third": 1, "last": 13}
-    grow(layer, *tokens(2, 8))
-    # One page is born, and one moves on from each stage but the last.
-    assert {name: kind.encoded / 2 for name, kind in kinds.items()} == {"first": 3, "second": 5, "third": 2, "last": 14}
-
-
-def test_a_page_moves_once_a_stage():
-    names = ["first", "second", "last"]
-    plugin, kinds = counting(names)
-    chosen = config(names, {"first": 8, "second": 8}, options={name: {} for name in names})
-    layer = LayerCache(make_plan(chosen, [plugin]))
-    grow(layer, *tokens(1, 88), chunk=1)
-    assert len(layer.where) == 10
-    assert {name: kind.encoded / 2 for name, kind in kinds.items()} == {"first": 10, "second": 9, "last": 8}
-
-
-CASCADED = {"capacities": {"int8": 8, "int4": 16}, "window": 8}
-
-
-def read_all(layer: LayerCache) -> Tensor:
-    return torch.cat(layer.read(list(range(len(layer.where)))), -1)
-
-
-def test_a_cascade_at_once_is_a_decoding_run():
-    """A prompt written at once ends as if its pages had gone through every stage one by one."""
-    prompt = tokens(1, 120)
-    order = ("int8", "int4", "sign")
-    once, cascade = (make_layer(order, encode=encode, **CASCADED) for encode in ("once", "cascade"))
-    decoding = make_layer(order, **CASCADED)
-    for layer in (once, cascade):
-        grow(layer, *prompt)
-    grow(decoding, *prompt, chunk=1)
-    assert once.where == cascade.where == decoding.where
-    assert set(cascade.where) == {0, 1, 2}
-    torch.testing.assert_close(read_all(cascade), read_all(decoding))
-    assert not torch.allclose(read_all(cascade), read_all(once))
-    assert {name: len(pool) for name, pool in enumerate(cascade.pools)} == {0: 1, 1: 2, 2: 11}
-
-
-def test_a_page_that_skips_stages_cascades_through_them():
-    """A page of the first stage that moves to the last in one step is encoded by the one between as well."""
-    names = ["first", "second", "last"]
-    for encode, encoded in (("once", 1), ("cascade", 8)):
-        plugin, kinds = counting(names)
-        chosen = config(names, {"first": 24, "second": 8}, options={name: {} for name in names}, encode=encode)
-        layer = LayerCache(make_plan(chosen, [plugin]))
-        grow(layer, *tokens(1, 32))
-        assert layer.where == [0, 0, 0]
-        assert kinds["second"].encoded == 0
-        grow(layer, *tokens(2, 64))
-        assert layer.where == [2] * 7 + [1] + [0] * 3
-        # Of eleven pages one stays in the second stage; seven pass through it, three of them from the first.
-        assert kinds["second"].encoded / 2 == encoded
-
-
-# What an ageing policy may answer
-
-
-class Backwards(Aging):
-    def targets(self, pages, stages):
-        return [0] * len(pages)
-
-
-class Ageing:
-    def __init__(self, kind):
-        self.kind = kind
-
-    @hookimpl
-    def argus_aging(self):
-        return {"mine": self.kind}
-
-
-def test_a_policy_that_moves_pages_back_is_refused():
-    chosen = config(("int4", "int2"), {"int4": 8})
-    layer = make_layer(("int4", "int2"), {"int4": 8})
-    grow(layer, *tokens(1, 60))
-    layer.plan = make_plan(chosen.model_copy(update={"aging": type(chosen.aging)(policy="mine")}), [Ageing(Backwards)])
-    before = contents(layer)
-    layer.write(*tokens(2, 10))
-    with pytest.raises(ArgusError, match="the aging policy sends page 0 to stage 0; allowed are stages 1 to 1"):
-        layer.age()
-    for x, wanted in zip(contents(layer), before, strict=True):
-        assert torch.equal(x[:, :, :60], wanted)
-
-
-@pytest.mark.parametrize("targets", [[0, 2], [0, -1]])
-def test_targets_are_stages(targets):
-    with pytest.raises(ArgusError, match=r"page 1 to stage .*; allowed are stages 0 to 1"):
-        check_targets([None, None], targets, 2)
-
-
-def test_a_policy_is_asked_of_every_page():
-    asked = []
-
-    class Asking(Backwards):
-        def targets(self, pages, stages):
-            asked.append((pages, stages))
-            return super().targets(pages, stages)
-
-    chosen = config(("int4",), {"int4": 24}, aging="mine")
-    layer = LayerCache(make_plan(chosen, [Ageing(Asking)]))
-    grow(layer, *tokens(1, 24))
-    grow(layer, *tokens(1, 8))
-    stage = [StageFacts("int4", 3)]
-    assert asked == [
-        ([PageFacts(1, None), PageFacts(0, None)], stage),
-        ([PageFacts(2, 0), PageFacts(1, 0), PageFacts(0, None)], stage),
-    ]
