@@ -89,7 +89,7 @@ class Jl(Tier):
             return self.tools.backend.encode(x, form)
         kept: Payload = {}
         if self.config.centre:
-            kept = self.tools.backend.encode(x, self._as(Plain()))
+            kept = self.tools.backend.encode(x, self._form_around(Plain()))
             coefficients = kept.pop(PREFIX + "codes")
         else:
             coefficients = self.tools.backend.project(x, self.matrix(x.shape[-2], x) / x.shape[-2])
@@ -102,7 +102,7 @@ class Jl(Tier):
         page_size = coefficients.shape[-2] * self.config.ratio
         rest = self.tools.backend.project(coefficients, self.matrix(page_size, coefficients).T)
         if self.config.unbiased:
-            rest *= self._as(Plain()).factor(page_size)
+            rest *= self._form_around(Plain()).factor(page_size)
         return rest.add_(payload["mean"].float().unsqueeze(-2)) if self.config.centre else rest
 
     def bits(self, role: Role, page_size: int, head_dim: int) -> float:
@@ -126,9 +126,9 @@ class Jl(Tier):
         return self._projected(self.inner.target(role))
 
     def _projected(self, inner: object | None) -> Projected | None:
-        return None if inner is None or not self.config.centre else self._as(inner)
+        return None if inner is None or not self.config.centre else self._form_around(inner)
 
-    def _as(self, inner: object) -> Projected:
+    def _form_around(self, inner: object) -> Projected:
         return Projected(inner, self.config.ratio, self.config.unbiased, self.matrix)
 
     def shared(self) -> dict[str, Tensor]:

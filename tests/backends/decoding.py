@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 
 import pytest
@@ -145,11 +144,7 @@ class Case:
 def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows no inline assembly."""
     if not CUDA:
-        monkeypatch.setattr("triton.language.inline_asm_elementwise", ptx.inline_asm)
-        # The interpreter leaves constants in tuples wrapped, and counts loops in plain integers.
-        for name, operation in (("mod", operator.mod), ("lshift", operator.lshift), ("rshift", operator.rshift)):
-            reflected = lambda self, other, operation=operation: operation(other, self.value)  # noqa: E731
-            monkeypatch.setattr(f"triton.language.constexpr.__r{name}__", reflected, raising=False)
+        ptx.stand_in(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -6,15 +6,27 @@ Semantics: PTX ISA 9.7 (``prmt``, ``shfl.sync``, ``movmatrix``, ``ld.global``) a
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from tests.backends import machine
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run kernels with inline assembly."""
+    monkeypatch.setattr("triton.language.inline_asm_elementwise", inline_asm)
+    # The interpreter leaves constants in tuples wrapped, and counts loops in plain integers.
+    for name, operation in (("mod", operator.mod), ("lshift", operator.lshift), ("rshift", operator.rshift)):
+        reflected = lambda self, other, operation=operation: operation(other, self.value)  # noqa: E731
+        monkeypatch.setattr(f"triton.language.constexpr.__r{name}__", reflected, raising=False)
+
 
 G, T = np.arange(32) // 4, np.arange(32) % 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 
 import pytest
@@ -65,10 +64,7 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows no inline assembly."""
     if not CUDA:
         monkeypatch.setattr(convert, "ASSEMBLED", True)
-        monkeypatch.setattr("triton.language.inline_asm_elementwise", ptx.inline_asm)
-        for name, operation in (("mod", operator.mod), ("lshift", operator.lshift), ("rshift", operator.rshift)):
-            reflected = lambda self, other, operation=operation: operation(other, self.value)  # noqa: E731
-            monkeypatch.setattr(f"triton.language.constexpr.__r{name}__", reflected, raising=False)
+        ptx.stand_in(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

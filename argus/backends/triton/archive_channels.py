@@ -9,6 +9,7 @@ from argus.backends.triton.codes import _field
 from argus.backends.triton.lanes import _half, _halves, _load2, _load4
 from argus.backends.triton.products import (
     TINY,
+    _beside,
     _for_totals,
     _fused,
     _in_pairs,
@@ -94,15 +95,6 @@ def _words(turned, k: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, K: t
 
 
 @triton.jit
-def _beside(words, COUNT: tl.constexpr):
-    """COUNT words, moved by a byte."""
-    moved = ()
-    for i in tl.static_range(COUNT):
-        moved = moved + (words[i] >> 8,)
-    return moved
-
-
-@triton.jit
 def _columns(turned, beside, k: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, SIGNED: tl.constexpr):
     """The codes of run k in pairs."""
     return _in_pairs(_words(turned, k, HALF, BITS, K), _words(beside, k, HALF, BITS, K), SIGNED)
@@ -137,7 +129,7 @@ def _channel_kernel(
     # Channels of column g, which it reads: `codes.py` lays those of quarter t in lanes t.
     quarter = g % 2 * 2 + g // 4
     at = from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS) + (8 * t + quarter) * 16 + g // 2 % 2 * (512 if D == 128 else 8)
-    a = _operands(weights_ptr.to(tl.int64) + lane * 16, 4)
+    a = _operands(weights_ptr.to(tl.int64) + lane * 16)
     # What a code of 1 counts for where its column is summed.
     LAST: tl.constexpr = place(3, FROM_BITS)
     counts = ()

@@ -7,7 +7,17 @@ import triton.language as tl
 
 from argus.backends.triton.codes import _load_block, _place, _word
 from argus.backends.triton.lanes import _bytes, _load4
-from argus.backends.triton.products import TINY, _for_totals, _in_pairs, _operands, _packed, _products, _quantized, _totals
+from argus.backends.triton.products import (
+    TINY,
+    _beside,
+    _for_totals,
+    _in_pairs,
+    _operands,
+    _packed,
+    _products,
+    _quantized,
+    _totals,
+)
 from argus.backends.triton.words import _put16, _put_some1, _traded
 
 
@@ -70,16 +80,14 @@ def _token_kernel(
     zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
     words = _load_block(from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS), lane, FROM_BITS, D)
-    beside = ()
-    for i in tl.static_range(D * FROM_BITS // 16):
-        beside = beside + (words[i] >> 8,)
-    signs = _operands(weights_ptr.to(tl.int64) + lane * 16, 4)
+    beside = _beside(words, D * FROM_BITS // 16)
+    signs = _operands(weights_ptr.to(tl.int64) + lane * 16)
     scales = _pairs_of_tokens(from_scale.to(tl.int64) + (unit * 64 + t * 16) * 2)
     counts = _for_totals(scales, g)
     # Numbers have their own signs, or those of their rows' ones.
     a = ()
     for i in tl.static_range(16):
-        a = a + ((signs[i] & 0x80008000 - (1 << 32)) ^ scales[i // 4 * 2 + i % 4 // 2],)
+        a = a + ((signs[i] & (0x80008000 - (1 << 32))) ^ scales[i // 4 * 2 + i % 4 // 2],)
     if SYMMETRIC:
         # Signed codes are multiplied 128 larger.
         shifts = scales

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from argus.backends.triton.lanes import _bytes, _load4, _mma16, _xor
 from argus.backends.triton.rounding import _affine
-from argus.backends.triton.words import _put16, _put_some1, _put_some2, _put_some4
+from argus.backends.triton.words import _put16, _put_some1, _put_some2
 
 NEAR = tl.constexpr(128.0)
 """From here to 256 a unit is the last bit of a BF16 number."""
@@ -32,12 +32,21 @@ def _fused(a, b, c):
 
 
 @triton.jit
-def _operands(at, COUNT: tl.constexpr):
-    """COUNT operands of four words, as :func:`argus.backends.triton.fragments.signs` lays them."""
+def _operands(at):
+    """Four operands of four words, as :func:`argus.backends.triton.fragments.signs` lays them."""
     words = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(4):
         words = words + _load4(at + i * 512)
     return words
+
+
+@triton.jit
+def _beside(words, COUNT: tl.constexpr):
+    """COUNT words, moved by a byte."""
+    moved = ()
+    for i in tl.static_range(COUNT):
+        moved = moved + (words[i] >> 8,)
+    return moved
 
 
 @triton.jit
@@ -151,10 +160,8 @@ def _quantized(
 
 @triton.jit
 def _put_run(at, w, held, N: tl.constexpr):
-    """Store N neighbouring words where `held`."""
-    if N == 4:
-        _put_some4(at, w[0], w[1], w[2], w[3], held)
-    elif N == 2:
+    """Store one or two neighbouring words where `held`."""
+    if N == 2:
         _put_some2(at, w[0], w[1], held)
     else:
         _put_some1(at, w[0], held)

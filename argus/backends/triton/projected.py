@@ -20,9 +20,9 @@ from argus.backends.triton.lanes import (
     _bytes,
     _fetch,
     _floats,
+    _half,
     _halves,
     _load4,
-    _load16,
     _mma,
     _mma16,
     _most,
@@ -53,11 +53,6 @@ def _parts(x):
     high, rest = _short(x, False)
     low, none = _short(rest, False)
     return high | (low << 16)
-
-
-@triton.jit
-def _half_at(at):
-    return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -156,10 +151,10 @@ def _projected_share(
             f = _mma16(mean[2], mean[2], mean[3], mean[3], means[4 * w + 2], means[4 * w + 3], f, False)
         scale_at = tl.load(row_of + 1) + inner * (M * 2)
         zero_at = tl.load(row_of + 2) + inner * (M * 2)
-        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half_at(scale_at + near * 2))
-        r0 += row_sum * _half_at(zero_at + near * 2)
-        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half_at(scale_at + far * 2))
-        r1 += row_sum * _half_at(zero_at + far * 2)
+        r0 = (c[0] * 256 + c[1]).to(tl.float32) * (unscale * _half(scale_at + near * 2))
+        r0 += row_sum * _half(zero_at + near * 2)
+        r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half(scale_at + far * 2))
+        r1 += row_sum * _half(zero_at + far * 2)
         r0 = _transposed(_parts(r0))
         r1 = _transposed(_parts(r1))
         offset = f[0] + f[1]
@@ -204,9 +199,9 @@ def _projected_share(
         w1 = f[2] + f[3]
         scale_at = tl.load(row_of + 4) + inner * (M * 2)
         zero_at = tl.load(row_of + 5) + inner * (M * 2)
-        shift = _sum(w0 * _half_at(zero_at + near * 2) + w1 * _half_at(zero_at + far * 2))
-        w0 = w0 * _half_at(scale_at + near * 2)
-        w1 = w1 * _half_at(scale_at + far * 2)
+        shift = _sum(w0 * _half(zero_at + near * 2) + w1 * _half(zero_at + far * 2))
+        w0 = w0 * _half(scale_at + near * 2)
+        w1 = w1 * _half(scale_at + far * 2)
         size = tl.maximum(_most(tl.maximum(tl.abs(w0), tl.abs(w1))), 1e-30)
         factor = REACH / size
         undo = size * (1.0 / REACH)

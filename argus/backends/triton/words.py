@@ -264,15 +264,6 @@ def _put16(at, x, held):
 
 
 @triton.jit
-def _put_some4(at, a, b, c, d, held):
-    """:func:`_put4` where `held`."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
-        "=r,l,r,r,r,r,r", [at, a, b, c, d, held.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _put_some2(at, a, b, held):
     """:func:`_put2` where `held`."""
     return tl.inline_asm_elementwise(
