@@ -58,6 +58,8 @@ def inline_asm(
         results = [np.ascontiguousarray(halves.T).reshape(-1).view(np.int32)]
     elif name.startswith("mma.sync.aligned.m16n8k32"):
         results = mma(arrays, *(np.int8 if kind == "s8" else np.uint8 for kind in name.split(".")[-3:-1]))
+    elif ".b1.b1." in name:
+        results = bits_in_common(arrays)
     elif name.startswith("mma.sync.aligned.m16n8k16"):
         results = mma16(arrays, bf16="bf16" in name)
     elif name.startswith("ld.global.nc.u8"):
@@ -118,6 +120,21 @@ def mma(args: Sequence[np.ndarray], kind: type, other: type) -> list[np.ndarray]
         c[G + 8 * (r // 2), 2 * T + r % 2] = args[6 + r]
     d = a @ b + c
     assert np.abs(d).max() < 1 << 31
+    return [d[G + 8 * (r // 2), 2 * T + r % 2].astype(np.int32) for r in range(4)]
+
+
+def bits_in_common(args: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``mma.m16n8k128`` and ``mma.m16n8k256`` of single bits, with ``and.popc``."""
+    parts = (len(args) - 4) // 3
+    a, b, c = np.zeros((16, 4 * parts, 32), int), np.zeros((8, 4 * parts, 32), int), np.zeros((16, 8), np.int64)
+    words = [x.astype(np.int64)[:, None] >> np.arange(32) & 1 for x in args[: 3 * parts]]
+    for part in range(parts):
+        for r in range(2):
+            a[G + 8 * r, 4 * part + T] = words[2 * part + r]
+        b[G, 4 * part + T] = words[2 * parts + part]
+    for r in range(4):
+        c[G + 8 * (r // 2), 2 * T + r % 2] = args[3 * parts + r]
+    d = a.reshape(16, -1) @ b.reshape(8, -1).T + c
     return [d[G + 8 * (r // 2), 2 * T + r % 2].astype(np.int32) for r in range(4)]
 
 

@@ -1,4 +1,4 @@
-"""Archiving pages whose scales are channels': keys. The method is told in ``archive_codes.py``."""
+"""Archiving pages whose scales are channels': keys of 2 to 8 bits. The method is told in ``archive_codes.py``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ from argus.backends.triton.words import _put16, _transposed4
 
 @triton.constexpr_function
 def place(i, bits):
-    """The bit at which codes of tokens 2 i and 2 i + 1 of every eight lie in their bytes, where their largest plane is anyway.
-
-    Of one bit, those of the second half of the channels lie a bit further.
-    """
+    """The bit at which codes of tokens 2 i and 2 i + 1 of every eight lie in their bytes, where their largest plane is anyway."""
     natural = 0 if bits == 8 else i // 2 * 4 if bits & 4 else 2 * i
     return min(natural, 8 - bits)
 
@@ -85,9 +82,7 @@ def _words(turned, k: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, K: t
                 x = _field(turned[i % 2 * K + k], i // 2 * 4, 4, place(i, BITS))
             if BITS & 2:
                 x = x | _field(turned[(BITS & 4) // 2 * K + k], 2 * i, 2, place(i, BITS) + (BITS & 4))
-            if BITS == 1:
-                x = _field(turned[k], 2 * i + HALF, 1, place(i, BITS) + HALF)
-            elif BITS & 1:
+            if BITS & 1:
                 one = turned[((BITS & 4) // 2 + (BITS & 2) // 2) * K + k]
                 x = x | _field(one, 2 * i + HALF, 1, place(i, BITS) + (BITS & 6))
         words = words + (x,)
@@ -137,8 +132,6 @@ def _channel_kernel(
         counts = counts + (tl.full((32,), 0x3C003C00 + 0x04000400 * (LAST - place(i // 2, FROM_BITS)), tl.int32),)
     counts = _for_totals(counts, g)
     ONE: tl.constexpr = TINY / 2**LAST
-    # Of one bit the second half of the channels lies a bit further.
-    SECOND: tl.constexpr = 0.5 if FROM_BITS == 1 else 1.0
     zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
     # Channels of columns 2 t and, D / 2 further, 2 t + 1.
@@ -168,13 +161,10 @@ def _channel_kernel(
                 totals = totals + (_totals(b, other, counts, zero4),)
                 m0 = _products(a, b, zero4)
                 m1 = _products(a, other, zero4)
-                n0 = (tl.where(first, n0[0], m0[0] * SECOND), tl.where(first, n0[1], m0[1] * SECOND))
-                n1 = (tl.where(first, n1[0], m1[0] * SECOND), tl.where(first, n1[1], m1[1] * SECOND))
+                n0 = (tl.where(first, n0[0], m0[0]), tl.where(first, n0[1], m0[1]))
+                n1 = (tl.where(first, n1[0], m1[0]), tl.where(first, n1[1], m1[1]))
             low = _halves(scales[pair])
             high = _halves(scales[K // 2 + pair])
-            if HALF == 1:
-                low = (low[0] * SECOND, low[1] * SECOND)
-                high = (high[0] * SECOND, high[1] * SECOND)
             upper = upper + (n0[0] * low[0], n0[1] * high[0], n1[0] * low[1], n1[1] * high[1])
             if ROWS == 2:
                 lower = lower + (n0[2] * low[0], n0[3] * high[0], n1[2] * low[1], n1[3] * high[1])
@@ -188,8 +178,6 @@ def _channel_kernel(
             near = totals[2 * m]
             far = totals[2 * m + 1]
         total = tl.where(t < 2, near, far) * (ONE / 64)
-        if 2 * m // (K // 2) == 1:
-            total *= SECOND
         to = g % 2 * (D // 2) + g // 4 * (D // 4) + 2 * m // (K // 2) * (D // 8) + g // 2 % 2 * K
         to = (unit * D + to + 4 * m % K + t) * 2
         scale = _half(from_scale.to(tl.int64) + to)

@@ -14,11 +14,14 @@ Of more than 8 rows a lane holds rows ``g`` and ``g + 8``; of up to 4, lanes 16 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from argus.backends.base import PREFIX, Affine, Payload, Projected
 from argus.backends.triton import convert, tuning
 from argus.backends.triton.archive_channels import _channel_kernel, place
+from argus.backends.triton.archive_signs import _sign_kernel
 from argus.backends.triton.archive_tokens import _token_kernel
 from argus.backends.triton.codec import shape_of
 from argus.backends.triton.fragments import PAGE, Weights
@@ -57,14 +60,22 @@ def archive_codes(payload: Payload, source: Affine, form: Projected, kept: Weigh
     made[PREFIX + "scale"] = torch.empty(*head, rows, 1, dtype=torch.float16, device=device)
     made[PREFIX + "zero"] = torch.empty_like(made[PREFIX + "scale"])
     if head.numel():
-        tokens = source.axis == "token"
-        kernel = _token_kernel if tokens else _channel_kernel
-        # Codes that are summed lie at several places of their bytes.
-        places = [0] * 4 if tokens else [place(i, source.bits) for i in range(4)]
-        laid = kept.of(form, codes, tuple(2.0 ** (places[3] - one) for one in places))
+        kernel, factors = _kernel_of(source)
+        laid = kept.of(form, codes, factors)
         kernel[(head.numel(),)](
             codes.view(torch.uint8), scale, held.get("zero", scale), laid, *made.values(),
             dim, rows, source.bits, source.symmetric, inner.bits,
             num_warps=1, maxnreg=tuning.ARCHIVE_REGISTERS,
         )  # fmt: skip
     return made
+
+
+def _kernel_of(source: Affine) -> tuple[Any, tuple[float, ...] | None]:
+    """The kernel for codes, and how its projection is laid (:class:`argus.backends.triton.fragments.Weights`)."""
+    if source.axis == "token":
+        return _token_kernel, (1.0,) * 4
+    if source.bits == 1:
+        return _sign_kernel, None
+    # Codes that are summed lie at several places of their bytes.
+    places = [place(i, source.bits) for i in range(4)]
+    return _channel_kernel, tuple(2.0 ** (places[3] - one) for one in places)

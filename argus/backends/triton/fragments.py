@@ -89,17 +89,63 @@ def signs(matrix: Tensor, factors: tuple[float, ...]) -> Tensor:
     return x.contiguous().view(torch.int32).reshape(4, 32, 4)
 
 
+def ones(matrix: Tensor) -> Tensor:
+    """A projection for products with 1-bit codes that lie as ``archive_signs.py`` turns them: A operands of ``mma.m16n8k256``.
+
+    The first 128 bits of a row tell where it has ones, the others where it has minus ones; words of codes have bits of two
+    channels in turn, and rows of an operand those of one.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        ``W [R, 64]`` of ones and minus ones, R up to 16.
+
+    Returns
+    -------
+    Tensor
+        int32 ``[2, 32, 4]``: operand ``o``, lane ``4 g + t``, word ``h + 2 e`` with the bits that ``W = 1 - 2 e`` at token
+        ``16 t + 8 (p / 16) + 2 (p % 8 / 2) + p / 8 % 2``, where ``p % 2 = m``. Row and ``m`` are ``g + 8 h`` and ``o``; up to
+        8 rows ``g`` and ``h``, in operand 0 alone; up to 4 rows ``g % 4`` and ``g / 4``, with ``h = 0``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`checked`.
+    """
+    rows = len(checked(matrix))
+    laid = torch.zeros(2, 2, 8, PAGE, 2, dtype=torch.bool, device=matrix.device)  # o, h, g, token, m
+    equal = torch.stack([matrix > 0, matrix < 0])  # e
+    places = []
+    for e in range(2):
+        one = laid.clone()
+        for row in range(rows):
+            for m in range(2):
+                if rows > 8:
+                    o, h, g = m, row // 8, row % 8
+                elif rows > SHORT:
+                    o, h, g = 0, m, row
+                else:
+                    o, h, g = 0, 0, row + 4 * m
+                one[o, h, g, :, m] = equal[e, row]
+        places.append(one)
+    x = torch.stack(places).view(2, 2, 2, 8, 4, 2, 4, 2, 2)  # e, o, h, g, t, token / 8, i, a, m
+    x = x.permute(1, 3, 4, 0, 2, 5, 7, 6, 8).reshape(2, 32, 4, 32).long()
+    words = (x << torch.arange(32, device=x.device)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32)
+
+
 class Weights:
-    """Projections as :func:`signs` lays them, made once."""
+    """Projections as :func:`signs` or :func:`ones` lay them, made once."""
 
     def __init__(self) -> None:
-        self._laid: dict[tuple[Projected, tuple[float, ...], torch.device], Tensor] = {}
+        self._laid: dict[tuple[Projected, tuple[float, ...] | None, torch.device], Tensor] = {}
 
-    def of(self, form: Projected, like: Tensor, factors: tuple[float, ...]) -> Tensor:
-        """The projection of `form` for pages of 64 tokens, on the device of `like`."""
+    def of(self, form: Projected, like: Tensor, factors: tuple[float, ...] | None) -> Tensor:
+        """The projection of `form` for pages of 64 tokens, on the device of `like`; factors None: for 1-bit codes."""
         key = (form, factors, like.device)
         if key not in self._laid:
-            self._laid[key] = signs(form.matrix(PAGE, like), factors)
+            matrix = form.matrix(PAGE, like)
+            self._laid[key] = ones(matrix) if factors is None else signs(matrix, factors)
         return self._laid[key]
 
     def tensors(self) -> list[Tensor]:
