@@ -103,6 +103,8 @@ def run(asm: str, args: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
             y = (low.astype(np.int32) & 0xFFFF) | (high.astype(np.int32) << 16)
         elif name == "setp.ne.b32":
             y = x[0] != x[1]
+        elif name in ("max.s32", "max.u32"):
+            y = np.maximum(*(one.view(np.int32 if name == "max.s32" else np.uint32) for one in x)).view(np.int32)
         elif name == "not.b32":
             y = ~x[0]
         else:

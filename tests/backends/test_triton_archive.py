@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from argus.backends.base import PREFIX, Affine, Float8, Plain, Projected
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import archive, archive_codes
 from argus.backends.triton.backend import TritonBackend
-from argus.backends.triton.fragments import Weights, fragments, signs
+from argus.backends.triton.fragments import Weights, fragments, ones, signs
 from argus.tiers.jl import projection
 
 
@@ -97,6 +98,23 @@ def test_projected_codes_of_longer_tokens(first: str, ratio: int) -> None:
     test_projected_codes(first, 128, ratio)
 
 
+@pytest.mark.parametrize("first", ["int1", "int1-token", "int4", "int4-token", "signed"])
+@pytest.mark.parametrize("ratio", [4, 8, 16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_coefficients_of_one_sign(first: str, ratio: int, sign: float) -> None:
+    """The first row's ranges do not reach 0: every channel rises and falls with it."""
+    backend, form, target = TritonBackend(), CODES[first], projected(Affine(4, "token"), ratio)
+    matrix = target.matrix(64, torch.empty(0))
+    x = sign * matrix[0].unsqueeze(-1) * torch.linspace(1.0, 3.0, 64) + 0.1 * matrix[-1].unsqueeze(-1)
+    held = backend.encode(x.view(1, 1, 1, 64, 64).to(DEVICE), form)
+    got = backend.recode(Kept(backend, form), Kept(backend, target), held, "keys")
+    want = CpuBackend().encode(backend.dequantize(held, form).cpu(), target)
+    lows = want[PREFIX + "zero"].float().flatten()
+    highs = lows + 15 * want[PREFIX + "scale"].float().flatten()
+    assert bool((lows[0] > 0.2) if sign > 0 else (highs[0] < -0.2))
+    near(got, want, Affine(4, "token"), (form.axis == "token") * float(x.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("form", "page", "dim", "ratio", "inner"),
     [
@@ -129,17 +147,40 @@ def test_projected_codes_stay_not_finite(first: str, number: float) -> None:
 def test_projections_of_other_numbers_are_refused(spoil: float) -> None:
     matrix = projection(64, 16, 0)
     matrix[3, int(matrix[3].argmax())] = spoil
-    for lay in (partial(signs, factors=(1.0,) * 4), partial(fragments, factor=1.0, back=True)):
+    for lay in (ones, partial(signs, factors=(1.0,) * 4), partial(fragments, factor=1.0, back=True)):
         with pytest.raises(ValueError, match=r"ones and as many minus ones"):
             lay(matrix)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16])
+def test_projections_of_bits(rows: int) -> None:
+    """Every bit of W is in one place of each channel's operand, where it is one and where it is minus one."""
+    matrix = projection(64, rows, 0)
+    laid = ones(matrix).view(6, 8, 4, 4)
+    found = torch.zeros(2, 2, rows, 64, dtype=torch.int64)
+    for (o, g, t, word), number in zip(
+        itertools.product(range(2), range(8), range(4), range(4)), laid[:2].flatten().tolist(), strict=True
+    ):
+        h, e = word % 2, word // 2
+        for p in range(32):
+            if number >> p & 1:
+                row, m = (g + 8 * h, o) if rows > 8 else (g, h) if rows > 4 else (g % 4, g // 4)
+                assert p % 2 == m
+                found[m, e, row, 16 * t + p // 16 * 8 + p % 8 // 2 * 2 + p // 8 % 2] += 1
+    assert torch.equal(found[0], torch.stack([matrix > 0, matrix < 0]).long())
+    assert torch.equal(found[1], found[0])
+    for g in range(8):
+        alone = laid[2 + g // 2, :, :, g % 2 * 2 : g % 2 * 2 + 2]
+        assert alone[g].unique(dim=0).tolist() == [[0x55555555, -0x55555556]]
+        assert int(alone.count_nonzero()) == 8
+
+
 def test_projections_are_laid_once() -> None:
     backend, target = TritonBackend(), projected(Affine(4, "token"))
-    for form in (FORMS["int4"], FORMS["int2"], FORMS["int4"], FORMS["int4-token"], FORMS["int2-token"]):
-        backend.recode(Kept(backend, form), Kept(backend, target), backend.encode(pages(64, 64), form), "keys")
-    # Of axis channel a byte's room depends on bits.
-    assert len(backend.tensors()) == 3
+    for name in ("int4", "int2", "int4", "int4-token", "int2-token", "sign", "sign"):
+        backend.recode(Kept(backend, FORMS[name]), Kept(backend, target), backend.encode(pages(64, 64), FORMS[name]), "keys")
+    # Of axis channel a byte's room depends on bits, and of one bit there is no byte.
+    assert len(backend.tensors()) == 4
 
 
 @pytest.mark.parametrize(

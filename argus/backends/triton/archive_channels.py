@@ -10,6 +10,7 @@ from argus.backends.triton.lanes import _half, _halves, _load2, _load4
 from argus.backends.triton.products import (
     TINY,
     _beside,
+    _extremes,
     _for_totals,
     _fused,
     _in_pairs,
@@ -25,7 +26,7 @@ from argus.backends.triton.words import _put16, _transposed4
 
 @triton.constexpr_function
 def place(i, bits):
-    """The bit at which codes of tokens 2 i and 2 i + 1 of every eight lie in their bytes, where their largest plane is anyway."""
+    """The bit at which codes of tokens 2 i and 2 i + 1 of every eight lie in their bytes: where their largest plane does."""
     natural = 0 if bits == 8 else i // 2 * 4 if bits & 4 else 2 * i
     return min(natural, 8 - bits)
 
@@ -169,6 +170,10 @@ def _channel_kernel(
             if ROWS == 2:
                 lower = lower + (n0[2] * low[0], n0[3] * high[0], n1[2] * low[1], n1[3] * high[1])
     # Lanes keep the totals of every other pair of runs, of one run each.
+    own = (unit * D + g % 2 * (D // 2) + g // 4 * (D // 4) + g // 2 % 2 * K + t) * 2
+    own_scale = from_scale.to(tl.int64) + own
+    own_zero = from_zero.to(tl.int64) + own
+    own_mean = mean_ptr.to(tl.int64) + own
     for m in tl.static_range(D // 32):
         if SHORT:
             # Pairs of each half in turn.
@@ -178,22 +183,22 @@ def _channel_kernel(
             near = totals[2 * m]
             far = totals[2 * m + 1]
         total = tl.where(t < 2, near, far) * (ONE / 64)
-        to = g % 2 * (D // 2) + g // 4 * (D // 4) + 2 * m // (K // 2) * (D // 8) + g // 2 % 2 * K
-        to = (unit * D + to + 4 * m % K + t) * 2
-        scale = _half(from_scale.to(tl.int64) + to)
+        further = (2 * m // (K // 2) * (D // 8) + 4 * m % K) * 2
+        scale = _half(own_scale + further)
         if SYMMETRIC:
             mean = (total - 128.0) * scale
         else:
-            mean = _fused(total, scale, _half(from_zero.to(tl.int64) + to))
-        _put16(mean_ptr.to(tl.int64) + to, _packed(mean, mean), g >= 0)
+            mean = _fused(total, scale, _half(own_zero + further))
+        _put16(own_mean + further, _packed(mean, mean), g >= 0)
+    lows, highs = _extremes(upper, lower, 2 * (K if SHORT else 2 * K), ROWS, SHORT)
     for r in tl.static_range(ROWS):
         row = g % (4 if SHORT else 8) + 8 * r
         at_row = (unit * R + row) * 2
         numbers = lower if r else upper
         # Numbers are [half, run, column].
         codes = _quantized(
-            numbers[0::2], numbers[1::2], 0.0, scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row,
-            (t == 0) & (row < R), ONE / 64, K if SHORT else 2 * K, BITS, SHORT,
+            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
+            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), ONE / 64, K if SHORT else 2 * K, BITS,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
         if SHORT:

@@ -1,7 +1,7 @@
-"""Archiving pages of 1-bit codes whose scales are channels': keys. What is said in ``archive_codes.py`` holds, but for products.
+"""Archiving pages of 1-bit codes whose scales are channels': keys. The method is told in ``archive_codes.py``, but for sums.
 
-A bit of the code and the one of ``W`` agree or differ: ``W codes`` is how often they agree, less 32. Binary tensor cores count
-it, 256 bits of a row at once: where ``W`` has ones and bits are set, and where it has minus ones and they are not.
+``W codes`` is how many of a channel's 64 bits agree with those of ``W``, less 32. Binary tensor cores count them, 256 bits of a
+row at once: where ``W`` has ones and bits are set, and where it has minus ones and they are not.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import triton.language as tl
 
 from argus.backends.triton.archive_channels import _run, _turned_block
 from argus.backends.triton.lanes import _half, _halves, _load4
-from argus.backends.triton.products import _fused, _packed, _put_run, _quantized
+from argus.backends.triton.products import _extremes, _fused, _packed, _put_run, _quantized
 from argus.backends.triton.words import _put16
 
-EVEN, ODD = tl.constexpr(0x55555555), tl.constexpr(-0x55555556)
-"""Bits of a word of the first half of the channels, and of the second."""
 MAGIC, LEAST = tl.constexpr(0x4B400000), tl.constexpr(-12582912.0)
 """1.5 * 2^23 as a float32 lies in a register, to which integers can be added; and what it is, with a minus."""
 
@@ -47,6 +45,22 @@ def _scaled(n, scale):
 
 
 @triton.jit
+def _put_means(turned, own_scale, own_zero, own_mean, weights, held, D: tl.constexpr):
+    """Store the means of 4 channels: a lane of row k counts the bits that are set of run k."""
+    magic = tl.full((32,), MAGIC, tl.int32)
+    counts = (magic, magic, magic, magic)
+    for k in tl.static_range(D // 16):
+        if k % 2 == 0:
+            alone = _load4(weights + 512 * (2 + k // 2))
+        counts = _set(alone[k % 2 * 2], alone[k % 2 * 2 + 1], turned[k], counts)
+    for i in tl.static_range(4):
+        total = (counts[i].to(tl.float32, bitcast=True) + LEAST) * (1.0 / 64)
+        further = (i // 2 * (D // 8) + i % 2 * (D // 2)) * 2
+        mean = _fused(total, _half(own_scale + further), _half(own_zero + further))
+        _put16(own_mean + further, _packed(mean, mean), held)
+
+
+@triton.jit
 def _sign_kernel(
     from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
     D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
@@ -66,58 +80,44 @@ def _sign_kernel(
     # Bits of run k: those of both halves of the channels in turn.
     turned = _turned_block(at, 0, 1, D)
     weights = weights_ptr.to(tl.int64) + lane * 16
-    near = _load4(weights)
-    far = near
-    if ROWS == 2:
-        far = _load4(weights + 512)
-    magic = tl.full((32,), MAGIC, tl.int32)
+    start = tl.full((32,), MAGIC, tl.int32) - 32
+    products = ()
+    for m in tl.static_range(ROWS):
+        a = _load4(weights + m * 512)
+        for k in tl.static_range(K):
+            products = products + (_agreeing(a, turned[k], start),)
     # Channels of columns 2 t and, D / 2 further, 2 t + 1.
     channel = t // 2 * (D // 4) + t % 2 * (D // 16)
     if SHORT:
         channel += g // 4 * (D // 8)
+    place_of = from_scale.to(tl.int64) + (unit * D + channel) * 2
     upper = ()
     lower = ()
-    second = ()
     for HALF in tl.static_range(HALVES):
-        place_of = from_scale.to(tl.int64) + (unit * D + channel + HALF * (D // 8)) * 2
-        scales = _run(place_of, D) + _run(place_of + D, D)
-        for pair in tl.static_range(K // 2):
-            low = _halves(scales[pair])
-            high = _halves(scales[K // 2 + pair])
-            for odd in tl.static_range(2):
-                if ROWS == 2 or HALF == 0:
-                    n = _agreeing(far if HALF else near, turned[2 * pair + odd], magic - 32)
-                    if ROWS == 1:
-                        second = second + (n[2], n[3])
-                    else:
-                        lower = lower + (_scaled(n[2], low[odd]), _scaled(n[3], high[odd]))
-                    upper = upper + (_scaled(n[0], low[odd]), _scaled(n[1], high[odd]))
-                else:
-                    run = 2 * (2 * pair + odd)
-                    upper = upper + (_scaled(second[run], low[odd]), _scaled(second[run + 1], high[odd]))
-    # Of run k a lane of row k keeps how many bits are set.
-    counts = (magic, magic, magic, magic)
-    for k in tl.static_range(K):
-        mine = tl.where(g == k, EVEN, 0)
-        counts = _set(mine, mine + mine, turned[k], counts)
-    for i in tl.static_range(4):
-        to = (unit * D + t // 2 * (D // 4) + i // 2 * (D // 8) + t % 2 * (D // 16) + i % 2 * (D // 2) + g) * 2
-        total = (counts[i].to(tl.float32, bitcast=True) + LEAST) * (1.0 / 64)
-        if D == 128:
-            held = g >= 0
-        else:
-            held = g < K
-        inside = tl.where(held, to, 0)
-        mean = _fused(total, _half(from_scale.to(tl.int64) + inside), _half(from_zero.to(tl.int64) + inside))
-        _put16(mean_ptr.to(tl.int64) + inside, _packed(mean, mean), held)
+        scales = _run(place_of + HALF * (D // 4), D) + _run(place_of + HALF * (D // 4) + D, D)
+        for k in tl.static_range(K):
+            low = _halves(scales[k // 2])[k % 2]
+            high = _halves(scales[(K + k) // 2])[k % 2]
+            if ROWS == 2:
+                n = products[HALF * K + k]
+                lower = lower + (_scaled(n[2], low), _scaled(n[3], high))
+            else:
+                n = products[k][2 * HALF : 2 * HALF + 2]
+            upper = upper + (_scaled(n[0], low), _scaled(n[1], high))
+    # Of 64 channels lanes of rows from 4 on do again what others do.
+    own = (unit * D + t // 2 * (D // 4) + t % 2 * (D // 16) + g % K) * 2
+    _put_means(
+        turned, from_scale.to(tl.int64) + own, from_zero.to(tl.int64) + own, mean_ptr.to(tl.int64) + own, weights, g < K, D
+    )
+    lows, highs = _extremes(upper, lower, 2 * (K if SHORT else 2 * K), ROWS, SHORT)
     for r in tl.static_range(ROWS):
         row = g % (4 if SHORT else 8) + 8 * r
         at_row = (unit * R + row) * 2
         numbers = lower if r else upper
         # Numbers are [half, run, column].
         codes = _quantized(
-            numbers[0::2], numbers[1::2], 0.0, scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row,
-            (t == 0) & (row < R), 1 / 64, K if SHORT else 2 * K, BITS, SHORT,
+            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
+            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), 1 / 64, K if SHORT else 2 * K, BITS,
         )  # fmt: skip
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
         for HALF in tl.static_range(HALVES):

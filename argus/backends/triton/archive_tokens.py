@@ -10,6 +10,7 @@ from argus.backends.triton.lanes import _bytes, _load4
 from argus.backends.triton.products import (
     TINY,
     _beside,
+    _extremes,
     _for_totals,
     _in_pairs,
     _operands,
@@ -119,21 +120,22 @@ def _token_kernel(
             total *= _one(p, FROM_BITS, D)
         totals = totals + (total,)
     # Lanes keep the totals of every other two times 8 channels, of one of them each: of column g.
+    own_mean = mean_ptr.to(tl.int64) + (unit * D + t * 8 + g) * 2
     for m in tl.static_range(D // 32):
         total = tl.where(t < 2, totals[2 * m], totals[2 * m + 1])
         mean = total * (TINY / 64) + shift_total * (1.0 / 64)
-        to = mean_ptr.to(tl.int64) + (unit * D + (4 * m + t) * 8 + g) * 2
-        _put16(to, _packed(mean, mean), g >= 0)
+        _put16(own_mean + m * 64, _packed(mean, mean), g >= 0)
     odd = t % 2
     join = tl.where(odd == 0, 0x5410, 0x3276)
+    lows, highs = _extremes(upper, lower, D // 4 // PER, ROWS, SHORT)
     for r in tl.static_range(ROWS):
         row = g % (4 if SHORT else 8) + 8 * r
         at_row = (unit * R + row) * 2
         held = row < R
         numbers = lower if r else upper
         codes = _quantized(
-            numbers[: D // 8 // PER], numbers[D // 8 // PER :], shift[2 * r] * (FACTOR / TINY), scale_ptr.to(tl.int64) + at_row,
-            zero_ptr.to(tl.int64) + at_row, (t == 0) & held, TINY / 64, D // 8 // PER, BITS, SHORT,
+            numbers[: D // 8 // PER], numbers[D // 8 // PER :], lows[r], highs[r], shift[2 * r] * (FACTOR / TINY),
+            scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row, (t == 0) & held, TINY / 64, D // 8 // PER, BITS,
         )  # fmt: skip
         # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * (8 * PER)

@@ -90,10 +90,10 @@ def signs(matrix: Tensor, factors: tuple[float, ...]) -> Tensor:
 
 
 def ones(matrix: Tensor) -> Tensor:
-    """A projection for products with 1-bit codes that lie as ``archive_signs.py`` turns them: A operands of ``mma.m16n8k256``.
+    """A projection for products with 1-bit codes that lie as ``archive_signs.py`` turns them: A operands of binary ``mma``.
 
-    The first 128 bits of a row tell where it has ones, the others where it has minus ones; words of codes have bits of two
-    channels in turn, and rows of an operand those of one.
+    Words of codes have bits of two channels in turn. The first 128 bits of a row tell where it has ones, the others where it
+    has minus ones, in every other bit: for one of the channels, ``m``.
 
     Parameters
     ----------
@@ -103,35 +103,33 @@ def ones(matrix: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        int32 ``[2, 32, 4]``: operand ``o``, lane ``4 g + t``, word ``h + 2 e`` with the bits that ``W = 1 - 2 e`` at token
-        ``16 t + 8 (p / 16) + 2 (p % 8 / 2) + p / 8 % 2``, where ``p % 2 = m``. Row and ``m`` are ``g + 8 h`` and ``o``; up to
-        8 rows ``g`` and ``h``, in operand 0 alone; up to 4 rows ``g % 4`` and ``g / 4``, with ``h = 0``.
+        int32 ``[6, 32, 4]``. Of operand ``o < 2``, lane ``4 g + t`` and word ``h + 2 e``, bit ``p`` is whether ``p % 2 = m``
+        and ``W = 1 - 2 e`` at token ``16 t + 8 (p / 16) + 2 (p % 8 / 2) + p / 8 % 2``. Of more than 8 rows it is row
+        ``g + 8 h`` and ``m = o``; of up to 8 row ``g`` and ``m = h``; of up to 4 row ``g % 4`` and ``m = g / 4``, where
+        ``h = 0``; and then ``o = 0``. Of operand ``o >= 2`` word ``m + 2 i`` has bits ``p % 2 = m`` in row
+        ``g = 2 (o - 2) + i``.
 
     Raises
     ------
     ValueError
         As :func:`checked`.
     """
-    rows = len(checked(matrix))
-    laid = torch.zeros(2, 2, 8, PAGE, 2, dtype=torch.bool, device=matrix.device)  # o, h, g, token, m
-    equal = torch.stack([matrix > 0, matrix < 0])  # e
-    places = []
-    for e in range(2):
-        one = laid.clone()
-        for row in range(rows):
-            for m in range(2):
-                if rows > 8:
-                    o, h, g = m, row // 8, row % 8
-                elif rows > SHORT:
-                    o, h, g = 0, m, row
-                else:
-                    o, h, g = 0, 0, row + 4 * m
-                one[o, h, g, :, m] = equal[e, row]
-        places.append(one)
-    x = torch.stack(places).view(2, 2, 2, 8, 4, 2, 4, 2, 2)  # e, o, h, g, t, token / 8, i, a, m
-    x = x.permute(1, 3, 4, 0, 2, 5, 7, 6, 8).reshape(2, 32, 4, 32).long()
-    words = (x << torch.arange(32, device=x.device)).sum(-1)
-    return (words - (words >> 31 << 32)).to(torch.int32)
+    rows, device = len(checked(matrix)), matrix.device
+    laid = torch.zeros(16, PAGE, device=device)
+    laid[:rows] = matrix
+    x = torch.stack([laid > 0, laid < 0]).view(2, 16, 4, 2, 4, 2)  # e, row, t, token / 8 % 2, i, a
+    bits = x.transpose(-1, -2).reshape(2, 16, 4, 16).long() << 2 * torch.arange(16, device=device)
+    words = torch.stack([bits.sum(-1), bits.sum(-1) << 1], -1)  # e, row, t, m
+    made = torch.zeros(6, 8, 4, 2, 2, dtype=torch.int64, device=device)  # o, g, t, e, h
+    if rows > 8:
+        made[:2] = words.view(2, 2, 8, 4, 2).permute(4, 2, 3, 0, 1)
+    elif rows > SHORT:
+        made[0] = words[:, :8].permute(1, 2, 0, 3)
+    else:
+        made[0, ..., 0] = words[:, :4].permute(3, 1, 2, 0).reshape(8, 4, 2)
+    alone = torch.eye(8, dtype=torch.int64, device=device).view(4, 2, 8).transpose(1, 2)  # o, g, i
+    made[2:] = (alone[..., None] * torch.tensor([0x55555555, 0xAAAAAAAA], device=device)).unsqueeze(2)
+    return made.reshape(6, 32, 4).to(torch.int32)
 
 
 class Weights:

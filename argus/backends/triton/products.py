@@ -11,7 +11,7 @@ import triton.language as tl
 
 from argus.backends.triton.lanes import _bytes, _load4, _mma16, _xor
 from argus.backends.triton.rounding import _affine
-from argus.backends.triton.words import _put16, _put_some1, _put_some2
+from argus.backends.triton.words import _put16, _put_some1, _put_some2, _traded
 
 NEAR = tl.constexpr(128.0)
 """From here to 256 a unit is the last bit of a BF16 number."""
@@ -119,36 +119,62 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _greatest(x, N: tl.constexpr, KIND: tl.constexpr, SHORT: tl.constexpr):
-    """The largest of N numbers of each of the four lanes of a row, SHORT: of eight, as integers of a kind; N is even.
+def _largest(a, b, c, SIGNED: tl.constexpr):
+    """The largest of three words as integers, in one instruction where floats take two."""
+    if SIGNED:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; max.s32 x, $1, $2; max.s32 $0, x, $3; }", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    else:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; max.u32 x, $1, $2; max.u32 $0, x, $3; }", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    return x
 
-    Three integers are compared in one instruction, of floats two.
-    """
-    z = x[0].to(KIND, bitcast=True)
+
+@triton.jit
+def _larger_word(a, b, SIGNED: tl.constexpr):
+    if SIGNED:
+        x = tl.maximum(a, b)
+    else:
+        x = tl.maximum(a.to(tl.uint32, bitcast=True), b.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _greatest(x, N: tl.constexpr, SIGNED: tl.constexpr, SHORT: tl.constexpr):
+    """The largest of N numbers of each of the four lanes of a row, SHORT: of eight, as words; N is even."""
+    z = x[0].to(tl.int32, bitcast=True)
     for i in tl.static_range((N - 1) // 2):
-        z = tl.maximum(tl.maximum(z, x[2 * i + 1].to(KIND, bitcast=True)), x[2 * i + 2].to(KIND, bitcast=True))
-    z = tl.maximum(z, x[N - 1].to(KIND, bitcast=True))
+        z = _largest(z, x[2 * i + 1].to(tl.int32, bitcast=True), x[2 * i + 2].to(tl.int32, bitcast=True), SIGNED)
+    z = _larger_word(z, x[N - 1].to(tl.int32, bitcast=True), SIGNED)
     for i in tl.static_range(3 if SHORT else 2):
-        z = tl.maximum(z, _xor(z.to(tl.float32, bitcast=True), 16 if i == 2 else 1 << i).to(KIND, bitcast=True))
+        z = _larger_word(z, _traded(z, 16 if i == 2 else 1 << i), SIGNED)
     return z
 
 
 @triton.jit
-def _extremes(x, N: tl.constexpr, SHORT: tl.constexpr):
-    """The smallest and the largest of what :func:`_least` compares.
+def _extremes(upper, lower, N: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
+    """The smallest and the largest of what :func:`_least` compares, of one row a lane or two: of one, they are told twice.
 
-    As integers, floats that are not negative are in order, and those that are follow them, downwards, if there is no sign. So
-    where there are both the two integers that are largest tell.
+    As integers, floats that are not negative are in order, and negative ones are too, downwards, and above them if integers
+    have no sign. So where there are both, the largest with and without a sign tell.
     """
-    high = _greatest(x, N, tl.int32, SHORT)
-    low = _greatest(x, N, tl.uint32, SHORT).to(tl.int32, bitcast=True)
+    high = _greatest(upper, N, True, SHORT)
+    low = _greatest(upper, N, False, SHORT)
+    high2, low2 = high, low
     one_sign = (high < 0) | (low >= 0)
-    high = high.to(tl.float32, bitcast=True)
-    low = low.to(tl.float32, bitcast=True)
+    if ROWS == 2:
+        high2 = _greatest(lower, N, True, SHORT)
+        low2 = _greatest(lower, N, False, SHORT)
+        one_sign = one_sign | (high2 < 0) | (low2 >= 0)
+    low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    low2, high2 = low2.to(tl.float32, bitcast=True), high2.to(tl.float32, bitcast=True)
     if tl.max(one_sign.to(tl.int32), 0) > 0:
-        low = _least(x, N, False, SHORT)
-        high = _least(x, N, True, SHORT)
-    return low, high
+        low, high = _least(upper, N, False, SHORT), _least(upper, N, True, SHORT)
+        if ROWS == 2:
+            low2, high2 = _least(lower, N, False, SHORT), _least(lower, N, True, SHORT)
+    return (low, low2), (high, high2)
 
 
 @triton.jit
@@ -170,14 +196,13 @@ def _four(x, FIRST: tl.constexpr, inverse, offset):
 
 @triton.jit
 def _quantized(
-    x, y, offset, scale_at, zero_at, held, UNIT: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr
+    x, y, low, high, offset, scale_at, zero_at, held, UNIT: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """Words of 4-bit codes of two times N numbers a lane, a row each four lanes or eight; a byte holds one of `x`, one of `y`.
+    """Words of 4-bit codes of two times N numbers a lane; a byte holds one of `x`, one of `y`.
 
-    Their scale and zero are stored where `held`. offset: of the row, to be added to numbers. UNIT: what a number of 1 stands
-    for, a power of two.
+    Their scale and zero are stored where `held`. low, high: the smallest and the largest of the row. offset: of the row, to be
+    added to numbers. UNIT: what a number of 1 stands for, a power of two.
     """
-    low, high = _extremes(x + y, 2 * N, SHORT)
     scale, zero = _affine((low + offset) * UNIT, (high + offset) * UNIT, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
