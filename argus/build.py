@@ -75,6 +75,7 @@ def build(
         backend=backend,
         cascade=ladder.encode == "cascade",
         eight=ladder.anchors == "int8",
+        graphs=config.graphs,
     )
 
 

@@ -99,6 +99,7 @@ class CacheConfig(Strict):
     anchors: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     backend: str = "auto"
     budget: Budget = Field(default_factory=Budget)
+    graphs: bool = True
 
 
 class ModelConfig(Strict):

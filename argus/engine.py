@@ -57,6 +57,8 @@ class Plan:
         Whether a page is encoded by every stage on its way, not only by the one it goes to.
     match : Match or None
         How a byte budget was met, where there is one.
+    graphs : bool
+        Whether decode steps may be recorded as CUDA graphs.
     """
 
     page_size: int
@@ -71,6 +73,7 @@ class Plan:
     cascade: bool = False
     eight: bool = False
     match: Match | None = None
+    graphs: bool = True
 
     @property
     def needs_queries(self) -> bool:
@@ -177,12 +180,39 @@ class LayerCache:
         """The exact tokens: what anchors chose, and the window."""
         parts = []
         start = self.window.start
+        if self.window.place is not None and self.window.buffer is not None:
+            whole = Dense(*self.window.buffer, start, start + len(self.window) - 1, count=self.window.place.count)
+            return [whole, *self._anchored()]
         for keys, values in self.window.parts():
             end = start + keys.shape[2]
             parts.append(Dense(keys, values, start, end - 1))
             start = end
+        return [*parts, *self._anchored()]
+
+    def _anchored(self) -> list[Dense]:
+        """The tokens that anchors chose."""
         anchors = self.exact.part(len(self.where) * self.plan.page_size - 1)
-        return parts if anchors is None else [*parts, anchors]
+        return [] if anchors is None else [anchors]
+
+    @property
+    def room(self) -> int:
+        """Tokens that the window's buffer takes before pages move."""
+        return min(self.window.room, self.plan.window + self.plan.page_size - 1 - len(self.window))
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step of one token can be recorded."""
+        if not self.where or not self.window.used or self.window.fresh is not None:
+            return False
+        return self.plan.backend.recordable(self.segments(), self.dense()[0])
+
+    def reserve(self) -> None:
+        """Have room in the window for all tokens until pages move."""
+        self.window.reserve(self.plan.window + self.plan.page_size - 1)
+
+    def held(self) -> tuple[object, ...]:
+        """What a recorded step reads: the same objects as long as it may be replayed."""
+        return (self.segments(), self.window.buffer, self.exact.keys)
 
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""

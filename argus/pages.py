@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from argus.errors import ArgusError
 
 Slab = dict[str, Tensor]
 """Named tensors, each ``[capacity, B, ...]``, of up to ``slab_pages`` pages."""
@@ -142,6 +145,22 @@ WINDOW_STEP = 16
 """Tokens by which the window's buffer grows: the most that it holds beyond what it needs."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step that is recorded and replayed finds its token's place in the window, on the device.
+
+    Attributes
+    ----------
+    index : Tensor
+        int64 ``[1]``, its place.
+    count : Tensor
+        int32 ``[1]``, tokens held, it included.
+    """
+
+    index: Tensor
+    count: Tensor
+
+
 class Window:
     """The newest tokens, exact, in order.
 
@@ -151,6 +170,10 @@ class Window:
     ----------
     start : int
         Position of the first token held.
+    buffer, fresh : tuple of Tensor or None
+        Keys and values ``[B, H, T, D]``: those of `used` tokens and room for more; and those that came after them.
+    place : Place or None
+        Where to write the token that :meth:`advance` has counted, while a step is recorded.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -159,14 +182,23 @@ class Window:
         self.used = 0
         self.buffer: tuple[Tensor, Tensor] | None = None
         self.fresh: tuple[Tensor, Tensor] | None = None
+        self.place: Place | None = None
 
     def __len__(self) -> int:
         return self.used + (self.fresh[0].shape[2] if self.fresh else 0)
 
+    @property
+    def room(self) -> int:
+        """Tokens that the buffer has room for."""
+        return 0 if self.buffer is None or self.fresh is not None else self.buffer[0].shape[2] - self.used
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write tokens ``[B, H, S, D]``."""
         steps = keys.shape[2]
-        if self.fresh is not None:
+        if self.place is not None and self.buffer is not None:
+            for kept, new in zip(self.buffer, (keys, values), strict=True):
+                kept.index_copy_(2, self.place.index, new.to(kept.dtype))
+        elif self.fresh is not None:
             self.fresh = (torch.cat([self.fresh[0], keys], 2), torch.cat([self.fresh[1], values], 2))
         elif self.buffer is None or self.used + steps > self.buffer[0].shape[2]:
             self.fresh = (keys, values)
@@ -174,6 +206,25 @@ class Window:
             for kept, new in zip(self.buffer, (keys, values), strict=True):
                 kept[:, :, self.used : self.used + steps] = new
             self.used += steps
+
+    def reserve(self, tokens: int) -> None:
+        """Have a buffer with room for so many tokens in all."""
+        self.settle()
+        if self.buffer is not None and self.buffer[0].shape[2] < tokens:
+            wide = [torch.nn.functional.pad(kept, (0, 0, 0, tokens - kept.shape[2])) for kept in self.buffer]
+            self.buffer = (wide[0], wide[1])
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a recorded step writes to the buffer's next places; a negative number takes them back.
+
+        Raises
+        ------
+        ArgusError
+            If it has no such places.
+        """
+        if tokens > self.room:
+            raise ArgusError(f"the window has room for {self.room} tokens, not for {tokens}")
+        self.used += tokens
 
     def parts(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values held, oldest first, as one or two consecutive parts."""

@@ -1,7 +1,9 @@
 """A whole model's decode steps through the Hugging Face adapter, beside the same model with the FP16 cache of transformers.
 
 A Llama of a few layers of Llama-3-8B's shape with random weights; its cache is filled with random keys and values, then it
-decodes one token at a time, launched from Python as ``model.generate`` does. Run from the repository root:
+decodes one token at a time, as ``model.generate`` does. ARGUS records its steps as CUDA graphs; FP16 is taken launched from
+Python, with the attention kernel that PyTorch chooses and with Flash, and recorded too, over transformers' static cache, which
+masks the room that it has left. Run from the repository root:
 ``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4]``.
 """
 
@@ -20,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from argus.adapters.graphs import capture
 from argus.adapters.huggingface import ArgusCache
 from argus.attention import Query
 from benchmarks import common
@@ -54,9 +57,9 @@ def tokens(batch: int, context: int, layers: int, device: str) -> Iterator[tuple
         yield layer, pair[0], pair[1]
 
 
-def compressed(model: Any, ladder: str, batch: int, context: int, backend: str) -> ArgusCache:
+def compressed(model: Any, ladder: str, batch: int, context: int, backend: str, *options: str) -> ArgusCache:
     """A filled cache of a ladder, with the anchors and outliers that its config names."""
-    cache = ArgusCache(model, [f"tiers={ladder}", f"backend={backend}"])
+    cache = ArgusCache(model, [f"tiers={ladder}", f"backend={backend}", *options])
     for layer, keys, values in tokens(batch, context, len(cache.layers), str(model.device)):
         cache.layers[layer].engine.write(keys, values)
         cache.layers[layer].is_initialized = True
@@ -64,9 +67,8 @@ def compressed(model: Any, ladder: str, batch: int, context: int, backend: str) 
     return cache
 
 
-def plain(batch: int, context: int, layers: int, device: str) -> DynamicCache:
+def plain(cache: Cache, batch: int, context: int, layers: int, device: str) -> Cache:
     """The same tokens as transformers keeps them."""
-    cache = DynamicCache()
     for layer, keys, values in tokens(batch, context, layers, device):
         cache.update(keys, values, layer)
     return cache
@@ -100,14 +102,21 @@ def milliseconds(call: Callable[[int], object], device: str, steps: int) -> Step
 
 
 def fp16_times(model: Any, batch: int, context: int, steps: int) -> dict[str, Steps]:
-    """Milliseconds a step with the cache of transformers, with the attention kernel that PyTorch chooses and with Flash."""
+    """Milliseconds a step with the caches of transformers: launched from Python, and recorded."""
     device = str(model.device.type)
+    layers = model.config.num_hidden_layers
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
     times = {}
     for name, kernel in (("chosen", nullcontext()), ("flash", sdpa_kernel(SDPBackend.FLASH_ATTENTION))):
-        cache = plain(batch, context, model.config.num_hidden_layers, device)
+        cache = plain(DynamicCache(), batch, context, layers, device)
         with kernel:
             times[name] = milliseconds(partial(next_step, model, cache, ids, context), device, steps)
+    if device == "cuda":
+        static = StaticCache(config=model.config, max_cache_len=context + 2 * steps)
+        step = partial(next_step, model, plain(static, batch, context, layers, device), ids, context, 0)
+        step()
+        graph, _ = capture(step)
+        times["recorded"] = milliseconds(lambda _: graph.replay(), device, steps)
     return times
 
 
@@ -131,12 +140,16 @@ def row(model: Any, ladder: str, batch: int, context: int, steps: int, fp16: Ste
         raise SystemExit(f"{ladder} {batch} x {context}: relative error {wrong:.2e} > {common.BOUND:g}; no time is told")
     ledger = cache.ledger()
     taken = milliseconds(partial(next_step, model, cache, ids, context), device, steps)
+    del cache
+    launched = compressed(model, ladder, batch, context, backend, "graphs=false")
+    taken_launched = milliseconds(partial(next_step, model, launched, ids, context), device, steps)
     return {
         "ladder": ladder,
         "batch": batch,
         "context": context,
         "error": wrong,
         "ms": [round(time, 3) for time in taken],
+        "launched_ms": [round(time, 3) for time in taken_launched],
         "fp16_ms": [round(time, 3) for time in fp16],
         "times_fp16": [round(other / own, 3) for own, other in zip(taken, fp16, strict=True)],
         "bytes": ledger.bytes,

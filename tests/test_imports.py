@@ -40,6 +40,7 @@ ALLOWED = {
         "attention",
         "config",
         "engine",
+        "pages",
         "ledger",
         "policies.base",
         "budget",

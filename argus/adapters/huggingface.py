@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from argus.adapters.graphs import Steps
 from argus.adapters.models import facts
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.budget import Shape, meet
@@ -177,11 +179,12 @@ class ArgusCache(Cache):  # type: ignore[misc]
         tokenizer: Any = None,
         plan: Plan | None = None,
     ) -> None:
-        count = facts(model).layers
+        known = facts(model)
         self.plan = plan or make_plan(model, tiers, tokenizer)
         activate(model)
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
-        super().__init__(layers=[ArgusLayer(self.plan, self.transcript) for _ in range(count)])
+        self.steps = Steps() if self.plan.graphs and not known.local else None
+        super().__init__(layers=[ArgusLayer(self.plan, self.transcript) for _ in range(known.layers)])
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
         """Note what a forward pass is about to write."""
@@ -211,6 +214,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
         for tensor in self.plan.backend.tensors():
             yield "index", tensor
         yield from self.transcript.tensors()
+        for tensor in self.steps.tensors() if self.steps else ():
+            yield "index", tensor
 
     def ledger(self) -> Ledger:
         """Measured bytes, by what they are for."""
@@ -263,6 +268,17 @@ def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache.note(tokens, kwargs.get("attention_mask"))
 
 
+def _forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A model's ``forward``, replayed where a step of an :class:`ArgusCache` was recorded."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, ArgusCache) and cache.steps is not None and len(args) < 2:
+        given = kwargs | dict(zip(("input_ids",), args, strict=False))
+        outputs = cache.steps.take(model, forward, given, [layer.engine for layer in cache.layers])
+        if outputs is not None:
+            return outputs
+    return forward(*args, **kwargs)
+
+
 def activate(model: Any) -> None:
     """Switch the attention of `model` to ARGUS's; what it does with other caches stays as it was.
 
@@ -275,19 +291,25 @@ def activate(model: Any) -> None:
     if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
         return
     if hasattr(model, "_argus_before"):
-        model._argus_before[1].remove()
+        deactivate(model)
     AttentionInterface.register(NAME, argus_attention)
     AttentionMaskInterface.register(NAME, argus_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True))
+    replaced = vars(model).get("forward")
+    forward = model.forward
+    model.forward = wraps(forward)(partial(_forward, model, forward))
+    model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
 
 
 def deactivate(model: Any) -> None:
     """Undo :func:`activate`."""
     if hasattr(model, "_argus_before"):
-        before, hook = model._argus_before
+        before, hook, replaced = model._argus_before
         hook.remove()
+        del model.forward
+        if replaced is not None:
+            model.forward = replaced
         model.set_attn_implementation(before)
         del model._argus_before
 

@@ -27,13 +27,17 @@ HANDLED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a cache needs to know of a model: its layers, key-value heads, and numbers a head."""
+    """What a cache needs to know of a model: its layers, key-value heads, and numbers a head.
+
+    ``local``: whether some layers attend to the newest tokens only.
+    """
 
     layers: int
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    local: bool = False
 
 
 def facts(model: Any) -> ModelFacts:
@@ -64,4 +68,6 @@ def facts(model: Any) -> ModelFacts:
         raise ModelError(f"model type '{kind}' cannot use ARGUS: {reason}; allowed are decoders that cache keys and values")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return ModelFacts(text.num_hidden_layers, heads, head_dim, model.dtype, model.device)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    local = bool(kinds or getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None))
+    return ModelFacts(text.num_hidden_layers, heads, head_dim, model.dtype, model.device, local)

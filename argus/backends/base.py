@@ -119,6 +119,9 @@ class Dense:
         Whether any place is empty.
     scales : tuple of Tensor or None
         ``[B, H, T]`` float16, by which codes of keys and of values are multiplied; None: there are no codes.
+    count : Tensor or None
+        int32 ``[1]`` on the device: how many of the first places hold tokens, consecutive ones, where a step is recorded and
+        finds more of them each time that it is replayed. None: all places do.
     """
 
     keys: Tensor
@@ -128,6 +131,14 @@ class Dense:
     positions: Tensor | None = None
     holes: bool = False
     scales: tuple[Tensor, Tensor] | None = None
+    count: Tensor | None = None
+
+    def counted(self) -> Dense:
+        """The same without the places that are empty, whose number is fetched from the device."""
+        if self.count is None:
+            return self
+        held = int(self.count)
+        return replace(self, keys=self.keys[:, :, :held], values=self.values[:, :, :held], count=None)
 
     def numbers(self, role: Role, low: int = 0, high: int | None = None) -> Tensor:
         """Keys or values ``[B, H, T, D]`` of tokens `low` to `high`; float32 where they are codes."""
@@ -264,6 +275,17 @@ class Backend(ABC):
     def tensors(self) -> list[Tensor]:
         """Every tensor that it holds for pages that are held, such as tables of where they lie."""
         return []
+
+    def recordable(self, segments: Sequence[Segment], window: Dense) -> bool:
+        """Whether :meth:`attend` only launches kernels for one query token, so that a CUDA graph can record it.
+
+        Parameters
+        ----------
+        segments : sequence of Segment
+        window : Dense
+            The newest tokens, whose ``count`` will be given.
+        """
+        return False
 
     @abstractmethod
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:

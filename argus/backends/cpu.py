@@ -152,7 +152,8 @@ class CpuBackend(Backend):
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         parts: list[Part] = [PagePart(group) for group in group_pages(segments)]
-        parts += [DensePart(part.numbers("keys"), part.numbers("values"), part.visible) for part in dense]
+        held = [part.counted() for part in dense]
+        parts += [DensePart(part.numbers("keys"), part.numbers("values"), part.visible) for part in held]
         if sinks is not None:
             parts.append(SinkPart(sinks))
         rows = query.rows[..., 0].numel() // query.length

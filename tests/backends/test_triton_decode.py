@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Plain, Segment
+from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch, tuning
 from argus.exact import to_eight
 
@@ -113,6 +115,23 @@ def test_anchors_in_eight_bits(dim: int, steps: int) -> None:
     part = case.dense.pop()
     (keys, key_scale), (values, value_scale) = (to_eight(x.float() * 3) for x in (part.keys, part.values))
     case.dense.append(Dense(keys, values, 0, part.last, part.positions, True, (key_scale, value_scale)))
+    case.check()
+
+
+@pytest.mark.parametrize("held", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16), (80, torch.float16)])
+def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch.dtype) -> None:
+    """A window with room: what lies beyond the tokens counted is not read, whatever it is."""
+    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, window=held - 1, dtype=dtype)
+    part = case.dense[0]
+    wide = [torch.nn.functional.pad(x, (0, 0, 0, 50 - held), value=float("nan")) for x in (part.keys, part.values)]
+    count = torch.tensor([held], dtype=torch.int32, device=DEVICE)
+    counted = replace(part, keys=wide[0], values=wide[1], count=count)
+    want = case.backend.attend(case.query, case.segments, [part])
+    got = case.backend.attend(case.query, case.segments, [counted])
+    oracle = CpuBackend().attend(case.query, case.segments, [counted])
+    for other in (want, oracle):
+        assert float((got - other).norm() / other.norm()) <= BOUND
     case.check()
 
 

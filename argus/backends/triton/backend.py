@@ -133,6 +133,12 @@ class TritonBackend(CpuBackend):
             slot += 1
         return launch.merge(query, work, sinks, self.dispatch)
 
+    def recordable(self, segments: Sequence[Segment], window: Dense) -> bool:
+        from argus.backends.triton import launch
+
+        whole = window.keys.is_cuda and window.keys.dtype == window.values.dtype and window.scales is None
+        return whole and launch.in_halves(window.keys.dtype, window.keys.shape[-1]) and not self.tables.of(segments).others
+
     def _tell(self, kind: tuple[object, ...], what: str) -> None:
         """Log that kernels are about to be compiled, which is when they are first asked for work of this kind."""
         if kind not in self._compiled:
@@ -145,7 +151,7 @@ class TritonBackend(CpuBackend):
             return super().attend(query, segments, dense, sinks)
         from argus.backends.triton import prefill
 
-        held = [part for part in dense if part.keys.shape[2]]
+        held = [part.counted() for part in dense if part.keys.shape[2]]
         out, used = prefill.attend(query, segments, held, sinks, self.sights.of(query))
         self.workspace = max(self.workspace, used)
         return out

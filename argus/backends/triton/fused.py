@@ -62,6 +62,8 @@ def _share(
         batch = where[0] // heads
         head = where[0] % heads
         tokens = _number(source[3])
+        if C[4]:
+            tokens = tl.load(source[11])
         SIZE: tl.constexpr = 1 if C[3] else 2
         keys = source[0].to(tl.int64) + (batch * _number(source[5]) + head * _number(source[6])) * SIZE
         values = source[1].to(tl.int64) + (batch * _number(source[8]) + head * _number(source[9])) * SIZE

@@ -149,7 +149,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     if isinstance(part, Dense):
         tokens, coded = part.keys.shape[2], part.scales is not None
         if coded or (part.keys.dtype == part.values.dtype and in_halves(part.keys.dtype, dim)):
-            facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded)
+            facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded, part.count is not None)
             return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
     if part.members:
@@ -278,7 +278,7 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
     scales = (x.contiguous() for x in part.scales or ())
-    return (keys, values, placed, *(odd(count) for count in counts), *scales)
+    return (keys, values, placed, *(odd(count) for count in counts), *scales, *(() if part.count is None else (part.count,)))
 
 
 def _turns(query: Query, run: Run) -> tuple[Tensor, ...]:
@@ -310,7 +310,7 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
 
 def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
     batch, heads, rows, dim = query.rows.shape
-    part, splits = job.part, job.splits
+    part, splits = job.part.counted(), job.splits
     mask = Mask.of(query, part.last)
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (part.keys, part.values))
     positions = part.keys if part.positions is None else part.positions.contiguous()

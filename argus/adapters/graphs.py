@@ -1,0 +1,208 @@
+"""Decode steps as CUDA graphs: while no page moves, a step of one token is recorded once and replayed.
+
+A step's kernels read pages where they lie, so they stay right as long as pages do; all that changes from step to step is the
+token, its position, and its place in the window, which kernels find on the device. Launching them one by one from Python takes
+longer than they take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argus.engine import LayerCache
+from argus.pages import Place
+
+LOG = logging.getLogger(__name__)
+GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
+"""What a recorded step is given."""
+LEFT_OUT = frozenset({"attention_mask", "cache_position"})
+"""What a step without padding does not need, since queries know their positions."""
+
+
+def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of the kernels that `call` launches, and what it returned.
+
+    ``torch.cuda.graph`` would empty PyTorch's cache of memory each time.
+    """
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            made = call()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(stream)
+    return graph, made
+
+
+def copied(outputs: Any) -> Any:
+    """A model's output with copies of its tensors, which the next replay overwrites."""
+    return type(outputs)(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in outputs.items()})
+
+
+def plain_step(model: Any, given: dict[str, Any]) -> bool:
+    """Whether a call of `model` is a decode step of one token a row, without padding and with nothing special asked."""
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None or ids.shape[1] != 1 or torch.is_grad_enabled() or model.training:
+        return False
+    special = set(given) - GIVEN - LEFT_OUT - {"logits_to_keep", "return_dict"}
+    if any(given[name] is not None and given[name] is not False for name in special) or given.get("return_dict") is False:
+        return False
+    return mask is None or (mask.dim() == 2 and bool(mask.all()))
+
+
+def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether a step recorded with one can be taken with the other."""
+    if inputs.keys() != others.keys():
+        return False
+    for x, y in ((inputs[name], others[name]) for name in inputs):
+        tensors = isinstance(x, Tensor), isinstance(y, Tensor)
+        if tensors[0] != tensors[1] or (not tensors[0] and x != y):
+            return False
+        if tensors[0] and (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+            return False
+    return True
+
+
+def hooked(model: Any) -> bool:
+    """Whether Python code of others runs inside a step, which a replay would leave out."""
+    return any(
+        part is not model and (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
+        for part in model.modules()
+    )
+
+
+class Steps:
+    """The decode step of one cache: taken as usual first, then recorded, then replayed until pages move.
+
+    Attributes
+    ----------
+    graph, outputs
+        What was recorded, and the outputs that each replay writes; None before.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = True
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Steps:
+        return Steps()
+
+    def forget(self) -> None:
+        """Forget what was recorded."""
+        self.graph: Any = None
+        self.outputs: Any = None
+        self.inputs: dict[str, Any] = {}
+        self.place: Place | None = None
+        self.held: list[tuple[object, ...]] = []
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        held = [*self.inputs.values(), *(self.outputs or {}).values()]
+        if self.place is not None:
+            held += [self.place.index, self.place.count]
+        return [x for x in held if isinstance(x, Tensor)]
+
+    def take(self, model: Any, forward: Callable[..., Any], given: dict[str, Any], layers: Sequence[LayerCache]) -> Any | None:
+        """The outputs of a step; None where it must be taken as usual.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+        forward : callable
+            Its own.
+        given : dict
+            Its arguments, by name.
+        layers : sequence of LayerCache
+        """
+        if not self.wanted or not layers[0].where or not plain_step(model, given):
+            return None
+        inputs = self._inputs(given, layers[0].length)
+        begun = self._stands(layers) and same_kind(inputs, self.inputs)
+        if not begun and not self._begin(model, inputs, layers):
+            return None
+        if not all(layer.room for layer in layers):
+            return None
+        self._place(inputs, layers)
+        call = partial(self._call, forward, given["past_key_values"], layers)
+        if not begun:
+            outputs = call()
+            self.held = [layer.held() for layer in layers]
+            return outputs
+        if self.graph is None and not self._record(call):
+            for layer in layers:
+                layer.window.advance(-1)
+            return None
+        self.graph.replay()
+        return copied(self.outputs)
+
+    def _inputs(self, given: dict[str, Any], length: int) -> dict[str, Any]:
+        """What a step is given, but for the cache."""
+        ids, positions = given["input_ids"], given.get("position_ids")
+        options = {name: x for name, x in given.items() if name not in GIVEN | LEFT_OUT and x is not None and x is not False}
+        positions = torch.full_like(ids[:1], length) if positions is None else positions
+        return {"input_ids": ids, "position_ids": positions, **options}
+
+    def _stands(self, layers: Sequence[LayerCache]) -> bool:
+        """Whether what was recorded, or is about to be, still lies where it did."""
+        if len(self.held) != len(layers):
+            return False
+        pairs = [zip(layer.held(), held, strict=True) for layer, held in zip(layers, self.held, strict=True)]
+        return all(one is other for pair in pairs for one, other in pair)
+
+    def _begin(self, model: Any, inputs: dict[str, Any], layers: Sequence[LayerCache]) -> bool:
+        """Make room for steps until pages move; whether they can be recorded."""
+        self.forget()
+        tokens = len(layers[0].window)
+        if not all(len(layer.window) == tokens and layer.recordable for layer in layers) or hooked(model):
+            return False
+        for layer in layers:
+            layer.reserve()
+        device = inputs["input_ids"].device
+        index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        self.place = Place(index, count)
+        self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        return True
+
+    def _place(self, inputs: dict[str, Any], layers: Sequence[LayerCache]) -> None:
+        """Tell the device this step's tokens, and where they go."""
+        for name, x in self.inputs.items():
+            if isinstance(x, Tensor):
+                x.copy_(inputs[name])
+        index = len(layers[0].window)
+        if self.place is not None:
+            self.place.index.fill_(index)
+            self.place.count.fill_(index + 1)
+        for layer in layers:
+            layer.window.advance(1)
+
+    def _call(self, forward: Callable[..., Any], cache: Any, layers: Sequence[LayerCache]) -> Any:
+        """Take the step at the places told."""
+        for layer in layers:
+            layer.window.place = self.place
+        try:
+            return forward(**self.inputs, past_key_values=cache, use_cache=True)
+        finally:
+            for layer in layers:
+                layer.window.place = None
+
+    def _record(self, call: Callable[[], Any]) -> bool:
+        """Record a step; whether that was possible."""
+        try:
+            self.graph, self.outputs = capture(call)
+        except RuntimeError as error:
+            LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", error)
+            self.forget()
+            self.wanted = False
+        return self.wanted

@@ -1,0 +1,240 @@
+"""Decode steps that are recorded: the same answers as steps that are not, and never where they would be others.
+
+Where there is no GPU, a recorded step is replayed by calling it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from argus import ArgusCache, unpatch
+from argus.adapters import graphs
+from argus.backends.cpu import CpuBackend
+from tests.models import SMALL, tiny
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+LADDERS = {
+    "int4": ["tiers=int4", "tiers.page_size=64", "tiers.window=16"],
+    "ladder": [
+        "tiers=default", "tiers.page_size=16", "tiers.window=8", "tiers.order=[int8,int4,int2]",
+        "tiers.stages.int8.capacity=32", "tiers.stages.int4.capacity=32",
+    ],
+    "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
+}  # fmt: skip
+
+
+class Again:
+    """Stands for a CUDA graph: a replay calls the step again and writes its outputs over the first ones."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.outputs = call, call()
+
+    def replay(self) -> None:
+        for name, x in self.call().items():
+            if isinstance(x, torch.Tensor):
+                self.outputs[name].copy_(x)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """How many steps were recorded, and how many were replayed."""
+    told = SimpleNamespace(recorded=0, replayed=0)
+    real = graphs.capture
+
+    def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
+        told.recorded += 1
+        again = None if CUDA else Again(call)
+        graph, outputs = real(call) if again is None else (again, again.outputs)
+
+        def replay() -> None:
+            told.replayed += 1
+            graph.replay()
+
+        return SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    if not CUDA:
+        monkeypatch.setattr(CpuBackend, "recordable", lambda self, segments, window: True)
+    return told
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | {"head_dim": 64, "hidden_size": 64}))
+    made = made.to(DEVICE, torch.float16 if CUDA else torch.float32).eval().requires_grad_(False)
+    for weight in made.parameters():
+        weight.mul_(4.0)
+    yield made
+    unpatch(made)
+
+
+def ids(length: int, rows: int = 2, seed: int = 5) -> torch.Tensor:
+    return torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def both(model: Any, options: list[str]) -> list[ArgusCache]:
+    """A cache whose steps are recorded, and one whose are not."""
+    return [ArgusCache(model, [*options, f"graphs={wanted}"]) for wanted in ("true", "false")]
+
+
+@torch.no_grad()
+def feed(model: Any, cache: ArgusCache, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    return model(tokens, past_key_values=cache, **options).logits
+
+
+def one_by_one(model: Any, caches: list[ArgusCache], tokens: torch.Tensor) -> None:
+    """Feed tokens one at a time, the same to each cache, and compare: a window in two parts is summed in another order."""
+    for i in range(tokens.shape[1]):
+        got, want = (feed(model, cache, tokens[:, i : i + 1]) for cache in caches)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_generate_answers_the_same(model: Any, counts: SimpleNamespace, ladder: str) -> None:
+    answers = [
+        model.generate(ids(150), past_key_values=cache, max_new_tokens=100, do_sample=False, pad_token_id=0)
+        for cache in both(model, LADDERS[ladder])
+    ]
+    assert torch.equal(*answers)
+    assert counts.replayed > 60
+    assert counts.recorded <= 2 + 100 // 16
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_what_a_cache_is_asked_between_steps(model: Any, counts: SimpleNamespace, ladder: str) -> None:
+    """Tokens cropped, rows chosen, several tokens at once: what was recorded is not replayed where it does not hold."""
+    caches = both(model, LADDERS[ladder])
+    for cache in caches:
+        feed(model, cache, ids(170))
+    one_by_one(model, caches, ids(9, seed=6))
+    for change in (
+        lambda cache: cache.crop(-2),
+        lambda cache: feed(model, cache, ids(3, seed=7)),
+        lambda cache: cache.crop(-40),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0], device=DEVICE)),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 2], device=DEVICE)),
+    ):
+        for cache in caches:
+            change(cache)
+        tokens = ids(7, rows=caches[0].layers[0].batch_size, seed=8)
+        one_by_one(model, caches, tokens)
+    assert counts.recorded >= 4
+    for cache in caches:
+        cache.reset()
+        feed(model, cache, ids(100))
+    one_by_one(model, caches, ids(5, seed=9))
+
+
+def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    one_by_one(model, caches, ids(6, seed=6))
+    for cache in caches:
+        cache.crop(-3)
+    one_by_one(model, caches, ids(6, seed=7))
+    assert counts.recorded == 1
+    assert counts.replayed == 11
+
+
+def test_copies_record_for_themselves(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    one_by_one(model, caches, ids(4, seed=6))
+    copies = copy.deepcopy(caches)
+    one_by_one(model, copies, ids(4, seed=7))
+    one_by_one(model, caches, ids(4, seed=8))
+    assert counts.recorded == 2
+
+
+def test_what_steps_hold_is_in_the_ledger(model: Any, counts: SimpleNamespace) -> None:
+    recorded, launched = both(model, LADDERS["int4"])
+    for cache in (recorded, launched):
+        feed(model, cache, ids(90))
+        for _ in range(3):
+            feed(model, cache, ids(1, seed=6))
+    assert counts.replayed
+    held = {tensor.data_ptr() for _, tensor in recorded.tensors()}
+    assert {tensor.data_ptr() for tensor in recorded.steps.tensors()} <= held
+    assert recorded.ledger().bytes > launched.ledger().bytes
+
+
+def test_steps_that_are_special_are_not_recorded(model: Any, counts: SimpleNamespace) -> None:
+    cache = ArgusCache(model, LADDERS["int4"])
+    mask = torch.ones(2, 90, dtype=torch.long, device=DEVICE)
+    mask[0, :5] = 0
+    feed(model, cache, ids(90), attention_mask=mask)
+    for _ in range(3):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        feed(model, cache, ids(1), attention_mask=mask)
+    assert model(ids(1), past_key_values=ArgusCache(model, LADDERS["int4"]), output_hidden_states=True).hidden_states
+    cache = ArgusCache(model, LADDERS["int4"])
+    feed(model, cache, ids(90))
+    for _ in range(3):
+        feed(model, cache, ids(1), output_hidden_states=True)
+        model(ids(1), past_key_values=cache)  # with gradients
+        model.train()
+        feed(model, cache, ids(1))
+        model.eval()
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        feed(model, cache, ids(1))
+    assert len(seen) == 3
+    handle.remove()
+    assert counts.recorded == 0
+
+
+def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    one_by_one(model, caches, ids(3, seed=6))
+    for options in ({"logits_to_keep": 1}, {"position_ids": torch.full((1, 1), 93, device=DEVICE)}):
+        got, want = (feed(model, cache, ids(1), **options) for cache in caches)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert counts.recorded == 1
+
+
+def test_what_a_graph_refuses_is_told_and_taken_as_usual(
+    model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(call: Callable[[], Any]) -> tuple[Any, Any]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    with caplog.at_level(logging.WARNING):
+        one_by_one(model, caches, ids(6, seed=6))
+    told = [record for record in caplog.records if "not recorded" in record.message]
+    assert len(told) == 1
+
+
+def test_models_with_local_layers_are_not_recorded() -> None:
+    local = tiny("mistral")
+    assert ArgusCache(local, "int4").steps is None
+    unpatch(local)
+
+
+def test_the_model_gets_its_forward_back(model: Any) -> None:
+    cache = ArgusCache(model, "int4")
+    assert "forward" in vars(model)
+    unpatch(model)
+    assert "forward" not in vars(model)
+    assert cache.steps.graph is None
