@@ -139,6 +139,10 @@ class LayerCache:
         self.shape: tuple[int, int, int] | None = None
         self._segments: list[Segment] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy finds its own pages."""
+        return self.__dict__ | {"_segments": None}
+
     @property
     def values(self) -> int:
         """Numbers that the tokens held have in keys and values together."""

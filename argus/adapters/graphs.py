@@ -26,12 +26,19 @@ LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What a step without padding does not need, since queries know their positions."""
 
 
-def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
+def capture(call: Callable[[], Any], stream: Any = None) -> tuple[Any, Any]:
     """A CUDA graph of the kernels that `call` launches, and what it returned.
 
     ``torch.cuda.graph`` would empty PyTorch's cache of memory each time.
+
+    Parameters
+    ----------
+    call : callable
+        Must only launch kernels that ran before, and not wait for them.
+    stream : torch.cuda.Stream or None
+        Where it is recorded; cuBLAS keeps a workspace for each stream.
     """
-    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    graph, stream, current = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
@@ -54,7 +61,7 @@ def copied(outputs: Any) -> Any:
 def plain_step(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call of `model` is a decode step of one token a row, without padding and with nothing special asked."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if ids is None or ids.shape[1] != 1 or torch.is_grad_enabled() or model.training:
+    if ids is None or ids.shape[1] != 1 or given.get("use_cache") is False or torch.is_grad_enabled() or model.training:
         return False
     special = set(given) - GIVEN - LEFT_OUT - {"logits_to_keep", "return_dict"}
     if any(given[name] is not None and given[name] is not False for name in special) or given.get("return_dict") is False:
@@ -94,6 +101,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.wanted = True
+        self.stream: Any = None
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Steps:
@@ -199,8 +207,10 @@ class Steps:
 
     def _record(self, call: Callable[[], Any]) -> bool:
         """Record a step; whether that was possible."""
+        if self.stream is None and torch.cuda.is_available():
+            self.stream = torch.cuda.Stream()
         try:
-            self.graph, self.outputs = capture(call)
+            self.graph, self.outputs = capture(call, self.stream)
         except RuntimeError as error:
             LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", error)
             self.forget()

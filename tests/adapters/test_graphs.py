@@ -50,10 +50,10 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     told = SimpleNamespace(recorded=0, replayed=0)
     real = graphs.capture
 
-    def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
+    def capture(call: Callable[[], Any], stream: Any) -> tuple[Any, Any]:
         told.recorded += 1
         again = None if CUDA else Again(call)
-        graph, outputs = real(call) if again is None else (again, again.outputs)
+        graph, outputs = real(call, stream) if again is None else (again, again.outputs)
 
         def replay() -> None:
             told.replayed += 1
@@ -218,7 +218,7 @@ def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNames
 def test_what_a_graph_refuses_is_told_and_taken_as_usual(
     model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(call: Callable[[], Any]) -> tuple[Any, Any]:
+    def refuse(call: Callable[[], Any], stream: Any) -> tuple[Any, Any]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
