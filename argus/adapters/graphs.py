@@ -26,7 +26,7 @@ LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What a step without padding does not need, since queries know their positions."""
 
 
-def capture(call: Callable[[], Any], stream: Any = None) -> tuple[Any, Any]:
+def capture(call: Callable[[], Any], stream: Any = None, spent: Any = None) -> tuple[Any, Any]:
     """A CUDA graph of the kernels that `call` launches, and what it returned.
 
     ``torch.cuda.graph`` would empty PyTorch's cache of memory each time.
@@ -37,11 +37,14 @@ def capture(call: Callable[[], Any], stream: Any = None) -> tuple[Any, Any]:
         Must only launch kernels that ran before, and not wait for them.
     stream : torch.cuda.Stream or None
         Where it is recorded; cuBLAS keeps a workspace for each stream.
+    spent : torch.cuda.CUDAGraph or None
+        One that is not replayed any more, whose memory is taken; else PyTorch would keep it for other uses.
     """
     graph, stream, current = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
+    memory = {} if spent is None else {"pool": spent.pool()}
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local", **memory)
         try:
             made = call()
         except BaseException:
@@ -97,19 +100,24 @@ class Steps:
     ----------
     graph, outputs
         What was recorded, and the outputs that each replay writes; None before.
+    spent
+        What was recorded before that; None at first.
     """
 
     def __init__(self) -> None:
         self.wanted = True
         self.stream: Any = None
+        self.graph: Any = None
+        self.spent: Any = None
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Steps:
         return Steps()
 
     def forget(self) -> None:
-        """Forget what was recorded."""
-        self.graph: Any = None
+        """Forget what was recorded, but for its memory."""
+        self.spent = self.graph or self.spent
+        self.graph = None
         self.outputs: Any = None
         self.inputs: dict[str, Any] = {}
         self.place: Place | None = None
@@ -210,7 +218,8 @@ class Steps:
         if self.stream is None and torch.cuda.is_available():
             self.stream = torch.cuda.Stream()
         try:
-            self.graph, self.outputs = capture(call, self.stream)
+            self.graph, self.outputs = capture(call, self.stream, self.spent)
+            self.spent = None
         except RuntimeError as error:
             LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", error)
             self.forget()

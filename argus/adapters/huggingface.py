@@ -291,7 +291,7 @@ def activate(model: Any) -> None:
     if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
         return
     if hasattr(model, "_argus_before"):
-        deactivate(model)
+        _let_go(model)
     AttentionInterface.register(NAME, argus_attention)
     AttentionMaskInterface.register(NAME, argus_mask)
     before = model.config._attn_implementation
@@ -302,16 +302,20 @@ def activate(model: Any) -> None:
     model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
 
 
+def _let_go(model: Any) -> str:
+    """Undo :func:`activate`, but for the attention, whose former name is told."""
+    before, hook, replaced = model._argus_before
+    hook.remove()
+    del model._argus_before, model.forward
+    if replaced is not None:
+        model.forward = replaced
+    return str(before)
+
+
 def deactivate(model: Any) -> None:
     """Undo :func:`activate`."""
     if hasattr(model, "_argus_before"):
-        before, hook, replaced = model._argus_before
-        hook.remove()
-        del model.forward
-        if replaced is not None:
-            model.forward = replaced
-        model.set_attn_implementation(before)
-        del model._argus_before
+        model.set_attn_implementation(_let_go(model))
 
 
 def line_ends(tokenizer: Any) -> tuple[int, ...]:

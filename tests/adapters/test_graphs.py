@@ -47,19 +47,20 @@ class Again:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """How many steps were recorded, and how many were replayed."""
-    told = SimpleNamespace(recorded=0, replayed=0)
+    told = SimpleNamespace(recorded=0, replayed=0, reused=0)
     real = graphs.capture
 
-    def capture(call: Callable[[], Any], stream: Any) -> tuple[Any, Any]:
+    def capture(call: Callable[[], Any], stream: Any, spent: Any) -> tuple[Any, Any]:
         told.recorded += 1
+        told.reused += spent is not None
         again = None if CUDA else Again(call)
-        graph, outputs = real(call, stream) if again is None else (again, again.outputs)
+        graph, outputs = real(call, stream, spent) if again is None else (again, again.outputs)
 
         def replay() -> None:
             told.replayed += 1
             graph.replay()
 
-        return SimpleNamespace(replay=replay), outputs
+        return SimpleNamespace(replay=replay, pool=None if again else graph.pool), outputs
 
     monkeypatch.setattr(graphs, "capture", capture)
     if not CUDA:
@@ -115,6 +116,7 @@ def test_generate_answers_the_same(model: Any, counts: SimpleNamespace, ladder: 
     assert torch.equal(*answers) or CUDA
     assert counts.replayed > 60
     assert counts.recorded <= 2 + 100 // 16
+    assert counts.reused == counts.recorded - 1
 
 
 @pytest.mark.parametrize("ladder", LADDERS)
@@ -218,7 +220,7 @@ def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNames
 def test_what_a_graph_refuses_is_told_and_taken_as_usual(
     model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(call: Callable[[], Any], stream: Any) -> tuple[Any, Any]:
+    def refuse(call: Callable[[], Any], stream: Any, spent: Any) -> tuple[Any, Any]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
