@@ -38,7 +38,7 @@ def capture(call: Callable[[], Any], stream: Any = None, spent: Any = None) -> t
     stream : torch.cuda.Stream or None
         Where it is recorded; cuBLAS keeps a workspace for each stream.
     spent : torch.cuda.CUDAGraph or None
-        One that is not replayed any more, whose memory is taken; else PyTorch would keep it for other uses.
+        One that is not replayed any more, whose memory is taken over; PyTorch would keep it aside until memory is short.
     """
     graph, stream, current = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)

@@ -24,7 +24,7 @@ from argus.attention import Query
 from argus.backends.base import Affine, Dense, Plain, Segment
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch, tuning
-from argus.exact import to_eight
+from argus.exact import OutlierPatch, to_eight
 
 PAIRS = [
     ("plain", "plain"),
@@ -133,6 +133,22 @@ def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch
     for other in (want, oracle):
         assert float((got - other).norm() / other.norm()) <= BOUND
     case.check()
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "known"), [(64, torch.float16, True), (80, torch.float16, False), (64, torch.float32, False)]
+)
+def test_what_can_be_recorded(dim: int, dtype: torch.dtype, known: bool) -> None:
+    """Steps of tokens that tensor cores take, over pages that a kernel reads, on a GPU."""
+    case = Case(FORMS["int4"], FORMS["int4-token"], dim=dim)
+    keys = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(2, 2, 9, dim))
+    window = SimpleNamespace(keys=keys, values=keys, scales=None)
+    assert case.backend.recordable(case.segments, window) == known
+    keys.is_cuda = False
+    assert not case.backend.recordable(case.segments, window)
+    keys.is_cuda = True
+    case.segments[0] = replace(case.segments[0], patch=OutlierPatch({}, [0]))
+    assert not case.backend.recordable(case.segments, window)
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:

@@ -17,11 +17,10 @@ from argus.backends.triton.products import (
     _operands,
     _packed,
     _products,
-    _put_run,
     _quantized,
     _totals,
 )
-from argus.backends.triton.words import _put16, _transposed4
+from argus.backends.triton.words import _put16, _put_some1, _put_some2, _transposed4
 
 
 @triton.constexpr_function
@@ -107,6 +106,45 @@ def _run(at, D: tl.constexpr):
 
 
 @triton.jit
+def _channel(g, t, D: tl.constexpr, R: tl.constexpr):
+    """The channel of column 2 t of run 0, D / 2 before that of column 2 t + 1; the others of the half are D / 8 further.
+
+    Of up to 4 rows, lanes 16 apart share a row, and each takes one half of the channels.
+    """
+    channel = t // 2 * (D // 4) + t % 2 * (D // 16)
+    if R <= 4:
+        channel += g // 4 * (D // 8)
+    return channel
+
+
+@triton.jit
+def _put_rows(
+    upper, lower, unit, g, t, codes_ptr, scale_ptr, zero_ptr, UNIT: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Quantize and store coefficients [half, run, column] of rows g and g + 8; what a number of 1 stands for is UNIT."""
+    SHORT: tl.constexpr = R <= 4
+    HALVES: tl.constexpr = 1 if SHORT else 2
+    ROWS: tl.constexpr = 2 if R > 8 else 1
+    RUNS: tl.constexpr = HALVES * (D // 16)
+    lows, highs = _extremes(upper, lower, 2 * RUNS, ROWS, SHORT)
+    for r in tl.static_range(ROWS):
+        row = g % (4 if SHORT else 8) + 8 * r
+        at_row = (unit * R + row) * 2
+        numbers = lower if r else upper
+        codes = _quantized(
+            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
+            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), UNIT, RUNS, BITS,
+        )  # fmt: skip
+        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + _channel(g, t, D, R)
+        for HALF in tl.static_range(HALVES):
+            if D == 128:
+                _put_some2(to + HALF * (D // 8), codes[2 * HALF], codes[2 * HALF + 1], row < R)
+            else:
+                _put_some1(to + HALF * (D // 8), codes[HALF], row < R)
+
+
+@triton.jit
 def _channel_kernel(
     from_ptr, from_scale, from_zero, weights_ptr, mean_ptr, codes_ptr, scale_ptr, zero_ptr,
     D: tl.constexpr, R: tl.constexpr, FROM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
@@ -117,7 +155,6 @@ def _channel_kernel(
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1
-    # Of up to 4 rows, lanes 16 apart share a row, and each takes one half of the channels.
     SHORT: tl.constexpr = R <= 4
     K: tl.constexpr = D // 16
     COUNT: tl.constexpr = ((FROM_BITS & 8) // 2 + (FROM_BITS & 4) // 2 + (FROM_BITS & 2) // 2 + (FROM_BITS & 1)) * K
@@ -135,8 +172,7 @@ def _channel_kernel(
     ONE: tl.constexpr = TINY / 2**LAST
     zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
-    # Channels of columns 2 t and, D / 2 further, 2 t + 1.
-    channel = t // 2 * (D // 4) + t % 2 * (D // 16)
+    place_of = from_scale.to(tl.int64) + (unit * D + _channel(g, t, D, R)) * 2
     upper = ()
     lower = ()
     totals = ()
@@ -146,10 +182,7 @@ def _channel_kernel(
         if SHORT:
             further = _turned_block(at, 1, FROM_BITS, D)
             beyond = _beside(further, COUNT)
-            place_of = (unit * D + channel + g // 4 * (D // 8)) * 2
-        else:
-            place_of = (unit * D + channel + HALF * (D // 8)) * 2
-        scales = _run(from_scale.to(tl.int64) + place_of, D) + _run(from_scale.to(tl.int64) + place_of + D, D)
+        scales = _run(place_of + HALF * (D // 4), D) + _run(place_of + HALF * (D // 4) + D, D)
         for pair in tl.static_range(K // 2):
             b = _columns(turned, beside, 2 * pair, HALF, FROM_BITS, K, SYMMETRIC)
             other = _columns(turned, beside, 2 * pair + 1, HALF, FROM_BITS, K, SYMMETRIC)
@@ -190,22 +223,4 @@ def _channel_kernel(
         else:
             mean = _fused(total, scale, _half(own_zero + further))
         _put16(own_mean + further, _packed(mean, mean), g >= 0)
-    lows, highs = _extremes(upper, lower, 2 * (K if SHORT else 2 * K), ROWS, SHORT)
-    for r in tl.static_range(ROWS):
-        row = g % (4 if SHORT else 8) + 8 * r
-        at_row = (unit * R + row) * 2
-        numbers = lower if r else upper
-        # Numbers are [half, run, column].
-        codes = _quantized(
-            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
-            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), ONE / 64, K if SHORT else 2 * K, BITS,
-        )  # fmt: skip
-        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
-        if SHORT:
-            to += g // 4 * (D // 8)
-        for HALF in tl.static_range(1 if SHORT else 2):
-            if D == 128:
-                two = (codes[2 * HALF], codes[2 * HALF + 1])
-            else:
-                two = (codes[HALF],)
-            _put_run(to + HALF * (D // 8), two, row < R, K // 4)
+    _put_rows(upper, lower, unit, g, t, codes_ptr, scale_ptr, zero_ptr, ONE / 64, D, R, BITS)

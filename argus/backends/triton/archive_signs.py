@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.archive_channels import _run, _turned_block
+from argus.backends.triton.archive_channels import _channel, _put_rows, _run, _turned_block
 from argus.backends.triton.lanes import _half, _halves, _load4
-from argus.backends.triton.products import _extremes, _fused, _packed, _put_run, _quantized
+from argus.backends.triton.products import _fused, _packed
 from argus.backends.triton.words import _put16
 
 MAGIC, LEAST = tl.constexpr(0x4B400000), tl.constexpr(-12582912.0)
@@ -71,10 +71,8 @@ def _sign_kernel(
     g = lane // 4
     t = lane % 4
     ROWS: tl.constexpr = 2 if R > 8 else 1
-    # Of up to 4 rows, lanes 16 apart share a row, and each takes one half of the channels.
-    SHORT: tl.constexpr = R <= 4
     K: tl.constexpr = D // 16
-    HALVES: tl.constexpr = 1 if SHORT else 2
+    HALVES: tl.constexpr = 1 if R <= 4 else 2
     quarter = g % 2 * 2 + g // 4
     at = from_ptr.to(tl.int64) + unit * (8 * D) + (8 * t + quarter) * 16 + g // 2 % 2 * (512 if D == 128 else 8)
     # Bits of run k: those of both halves of the channels in turn.
@@ -86,11 +84,7 @@ def _sign_kernel(
         a = _load4(weights + m * 512)
         for k in tl.static_range(K):
             products = products + (_agreeing(a, turned[k], start),)
-    # Channels of columns 2 t and, D / 2 further, 2 t + 1.
-    channel = t // 2 * (D // 4) + t % 2 * (D // 16)
-    if SHORT:
-        channel += g // 4 * (D // 8)
-    place_of = from_scale.to(tl.int64) + (unit * D + channel) * 2
+    place_of = from_scale.to(tl.int64) + (unit * D + _channel(g, t, D, R)) * 2
     upper = ()
     lower = ()
     for HALF in tl.static_range(HALVES):
@@ -109,20 +103,4 @@ def _sign_kernel(
     _put_means(
         turned, from_scale.to(tl.int64) + own, from_zero.to(tl.int64) + own, mean_ptr.to(tl.int64) + own, weights, g < K, D
     )
-    lows, highs = _extremes(upper, lower, 2 * (K if SHORT else 2 * K), ROWS, SHORT)
-    for r in tl.static_range(ROWS):
-        row = g % (4 if SHORT else 8) + 8 * r
-        at_row = (unit * R + row) * 2
-        numbers = lower if r else upper
-        # Numbers are [half, run, column].
-        codes = _quantized(
-            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
-            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), 1 / 64, K if SHORT else 2 * K, BITS,
-        )  # fmt: skip
-        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + channel
-        for HALF in tl.static_range(HALVES):
-            if D == 128:
-                two = (codes[2 * HALF], codes[2 * HALF + 1])
-            else:
-                two = (codes[HALF],)
-            _put_run(to + HALF * (D // 8), two, row < R, K // 4)
+    _put_rows(upper, lower, unit, g, t, codes_ptr, scale_ptr, zero_ptr, 1 / 64, D, R, BITS)

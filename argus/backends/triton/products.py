@@ -1,6 +1,6 @@
 """Products of a projection with integer codes on 16-bit tensor cores, exact, and quantizing what comes of them.
 
-What both kernels of ``archive_codes.py`` share, which tells the method. A column's codes are eight words ``2 i + r`` of two
+What the kernels of ``archive_codes.py`` share, which tells the method. A column's codes are eight words ``2 i + r`` of two
 tokens: ``16 t + 2 i + r`` and the one 8 further.
 """
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from argus.backends.triton.lanes import _bytes, _load4, _mma16, _xor
 from argus.backends.triton.rounding import _affine
-from argus.backends.triton.words import _put16, _put_some1, _put_some2, _traded
+from argus.backends.triton.words import _put16, _traded
 
 NEAR = tl.constexpr(128.0)
 """From here to 256 a unit is the last bit of a BF16 number."""
@@ -214,12 +214,3 @@ def _quantized(
     for i in tl.static_range(N // 4):
         words = words + (_four(x, 4 * i, inverse, least) + 16 * _four(y, 4 * i, inverse, least),)
     return words
-
-
-@triton.jit
-def _put_run(at, w, held, N: tl.constexpr):
-    """Store one or two neighbouring words where `held`."""
-    if N == 2:
-        _put_some2(at, w[0], w[1], held)
-    else:
-        _put_some1(at, w[0], held)
