@@ -26,7 +26,7 @@ LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What a step without padding does not need, since queries know their positions."""
 
 
-def capture(call: Callable[[], Any], stream: Any = None, spent: Any = None) -> tuple[Any, Any]:
+def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> tuple[Any, Any]:
     """A CUDA graph of the kernels that `call` launches, and what it returned.
 
     ``torch.cuda.graph`` would empty PyTorch's cache of memory each time.
@@ -36,13 +36,13 @@ def capture(call: Callable[[], Any], stream: Any = None, spent: Any = None) -> t
     call : callable
         Must only launch kernels that ran before, and not wait for them.
     stream : torch.cuda.Stream or None
-        Where it is recorded; cuBLAS keeps a workspace for each stream.
-    spent : torch.cuda.CUDAGraph or None
-        One that is not replayed any more, whose memory is taken over; PyTorch would keep it aside until memory is short.
+        Where it is recorded.
+    beside : torch.cuda.CUDAGraph or None
+        One with whose memory it is to make do, as long as never both are replayed at once.
     """
     graph, stream, current = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
-    memory = {} if spent is None else {"pool": spent.pool()}
+    memory = {} if beside is None else {"pool": beside.pool()}
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local", **memory)
         try:
@@ -93,32 +93,51 @@ def hooked(model: Any) -> bool:
     )
 
 
+class Recorder:
+    """Records steps of one model, one after another: all on one stream and in the same memory.
+
+    cuBLAS keeps a workspace for each stream that it was used on, and PyTorch the memory of each graph that is gone, until
+    memory is short. What outlives a replay, a step's outputs, has places of its own while it is held.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.last: Any = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Recorder:
+        return Recorder()
+
+    def record(self, call: Callable[[], Any]) -> tuple[Any, Any]:
+        """A graph of `call`, and its outputs."""
+        if self.stream is None and torch.cuda.is_available():
+            self.stream = torch.cuda.Stream()
+        self.last, outputs = capture(call, self.stream, self.last)
+        return self.last, outputs
+
+
 class Steps:
     """The decode step of one cache: taken as usual first, then recorded, then replayed until pages move.
 
     Attributes
     ----------
+    model : PreTrainedModel or None
+        Whose step it is.
     graph, outputs
         What was recorded, and the outputs that each replay writes; None before.
-    spent
-        What was recorded before that; None at first.
     """
 
     def __init__(self) -> None:
         self.wanted = True
-        self.stream: Any = None
-        self.graph: Any = None
-        self.spent: Any = None
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Steps:
         return Steps()
 
     def forget(self) -> None:
-        """Forget what was recorded, but for its memory."""
-        self.spent = self.graph or self.spent
-        self.graph = None
+        """Forget what was recorded."""
+        self.graph: Any = None
         self.outputs: Any = None
+        self.model: Any = None
         self.inputs: dict[str, Any] = {}
         self.place: Place | None = None
         self.held: list[tuple[object, ...]] = []
@@ -130,7 +149,14 @@ class Steps:
             held += [self.place.index, self.place.count]
         return [x for x in held if isinstance(x, Tensor)]
 
-    def take(self, model: Any, forward: Callable[..., Any], given: dict[str, Any], layers: Sequence[LayerCache]) -> Any | None:
+    def take(
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        recorder: Recorder,
+        given: dict[str, Any],
+        layers: Sequence[LayerCache],
+    ) -> Any | None:
         """The outputs of a step; None where it must be taken as usual.
 
         Parameters
@@ -138,6 +164,8 @@ class Steps:
         model : PreTrainedModel
         forward : callable
             Its own.
+        recorder : Recorder
+            The model's.
         given : dict
             Its arguments, by name.
         layers : sequence of LayerCache
@@ -145,7 +173,7 @@ class Steps:
         if not self.wanted or not layers[0].where or not plain_step(model, given):
             return None
         inputs = self._inputs(given, layers[0].length)
-        begun = self._stands(layers) and same_kind(inputs, self.inputs)
+        begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
         if not begun and not self._begin(model, inputs, layers):
             return None
         if not all(layer.room for layer in layers):
@@ -156,7 +184,7 @@ class Steps:
             outputs = call()
             self.held = [layer.held() for layer in layers]
             return outputs
-        if self.graph is None and not self._record(call):
+        if self.graph is None and not self._record(call, recorder):
             for layer in layers:
                 layer.window.advance(-1)
             return None
@@ -189,6 +217,7 @@ class Steps:
         index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
         self.place = Place(index, count)
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        self.model = model
         return True
 
     def _place(self, inputs: dict[str, Any], layers: Sequence[LayerCache]) -> None:
@@ -213,13 +242,10 @@ class Steps:
             for layer in layers:
                 layer.window.place = None
 
-    def _record(self, call: Callable[[], Any]) -> bool:
+    def _record(self, call: Callable[[], Any], recorder: Recorder) -> bool:
         """Record a step; whether that was possible."""
-        if self.stream is None and torch.cuda.is_available():
-            self.stream = torch.cuda.Stream()
         try:
-            self.graph, self.outputs = capture(call, self.stream, self.spent)
-            self.spent = None
+            self.graph, self.outputs = recorder.record(call)
         except RuntimeError as error:
             LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", error)
             self.forget()

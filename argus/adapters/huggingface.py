@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from argus.adapters.graphs import Steps
+from argus.adapters.graphs import Recorder, Steps
 from argus.adapters.models import facts
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.budget import Shape, meet
@@ -268,12 +268,12 @@ def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache.note(tokens, kwargs.get("attention_mask"))
 
 
-def _forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
     """A model's ``forward``, replayed where a step of an :class:`ArgusCache` was recorded."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, ArgusCache) and cache.steps is not None and len(args) < 2:
         given = kwargs | dict(zip(("input_ids",), args, strict=False))
-        outputs = cache.steps.take(model, forward, given, [layer.engine for layer in cache.layers])
+        outputs = cache.steps.take(model, forward, recorder, given, [layer.engine for layer in cache.layers])
         if outputs is not None:
             return outputs
     return forward(*args, **kwargs)
@@ -298,7 +298,7 @@ def activate(model: Any) -> None:
     model.set_attn_implementation(NAME)
     replaced = vars(model).get("forward")
     forward = model.forward
-    model.forward = wraps(forward)(partial(_forward, model, forward))
+    model.forward = wraps(forward)(partial(_forward, model, forward, Recorder()))
     model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
 
 

@@ -47,14 +47,14 @@ class Again:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """How many steps were recorded, and how many were replayed."""
-    told = SimpleNamespace(recorded=0, replayed=0, reused=0)
+    told = SimpleNamespace(recorded=0, replayed=0, beside=0)
     real = graphs.capture
 
-    def capture(call: Callable[[], Any], stream: Any, spent: Any) -> tuple[Any, Any]:
+    def capture(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
         told.recorded += 1
-        told.reused += spent is not None
+        told.beside += beside is not None
         again = None if CUDA else Again(call)
-        graph, outputs = real(call, stream, spent) if again is None else (again, again.outputs)
+        graph, outputs = real(call, stream, beside) if again is None else (again, again.outputs)
 
         def replay() -> None:
             told.replayed += 1
@@ -116,7 +116,7 @@ def test_generate_answers_the_same(model: Any, counts: SimpleNamespace, ladder: 
     assert torch.equal(*answers) or CUDA
     assert counts.replayed > 60
     assert counts.recorded <= 2 + 100 // 16
-    assert counts.reused == counts.recorded - 1
+    assert counts.beside == counts.recorded - 1
 
 
 @pytest.mark.parametrize("ladder", LADDERS)
@@ -166,6 +166,21 @@ def test_copies_record_for_themselves(model: Any, counts: SimpleNamespace) -> No
     one_by_one(model, copies, ids(4, seed=7))
     one_by_one(model, caches, ids(4, seed=8))
     assert counts.recorded == 2
+    assert counts.beside == 1
+
+
+def test_a_copy_of_the_model_records_its_own_steps(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    one_by_one(model, caches, ids(4, seed=6))
+    other = copy.deepcopy(model)
+    for weight in other.parameters():
+        weight.mul_(0.5)
+    one_by_one(other, caches, ids(4, seed=7))
+    feed(other, ArgusCache(other, LADDERS["int4"]), ids(90))
+    unpatch(other)
+    assert "forward" not in vars(other)
 
 
 def test_what_steps_hold_is_in_the_ledger(model: Any, counts: SimpleNamespace) -> None:
@@ -220,7 +235,7 @@ def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNames
 def test_what_a_graph_refuses_is_told_and_taken_as_usual(
     model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(call: Callable[[], Any], stream: Any, spent: Any) -> tuple[Any, Any]:
+    def refuse(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
