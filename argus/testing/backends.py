@@ -169,6 +169,8 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
     x = [normal((n, batch, heads, page, dim), seed).to(device) for seed in (4, 5)]
     tokens = [normal((batch, heads, 16, dim), seed).to(device) for seed in (6, 7)]
     dense = Dense(tokens[0], tokens[1], n * page, n * page + 15)
+    wide = [torch.nn.functional.pad(x, (0, 0, 0, 5), value=float("nan")) for x in tokens]
+    roomy = replace(dense, keys=wide[0], values=wide[1], count=torch.tensor([16], dtype=torch.int32, device=device))
     q = normal((batch, heads * groups, length, dim), 8).to(device)
     exact = normal((n, batch, heads, page), 9).to(device) > 1
     sinks = normal((heads * groups,), 10).to(device)
@@ -183,14 +185,15 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
         segment = Segment(ours, ours, keys, values, positions, n * page - 1, page)
         plain = Segment(oracle, oracle, wanted_keys, wanted_values, positions, n * page - 1, page)
         circumstances = (
-            ("causal", None, None, None),
-            ("a mask", padding, None, None),
-            ("kept tokens, sinks", None, exact, sinks),
+            ("causal", None, None, None, dense),
+            ("a mask", padding, None, None, dense),
+            ("kept tokens, sinks", None, exact, sinks, dense),
+            ("tokens counted on the device", None, None, None, roomy),
         )
-        for name, mask, kept, learned in circumstances:
+        for name, mask, kept, learned, window in circumstances:
             for softcap in (None, 5.0):
                 query = Query.of(q, heads, dim**-0.5, start, mask, softcap)
-                found = backend.attend(query, [replace(segment, exact=kept)], [dense], learned)
+                found = backend.attend(query, [replace(segment, exact=kept)], [window], learned)
                 wanted = CpuBackend().attend(query, [replace(plain, exact=kept)], [dense], learned)
                 case = f"attention over {kind.__name__.lower()}, {length} queries from {start}, {name}, softcap {softcap}"
                 words = contract.at(case)
