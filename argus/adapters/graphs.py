@@ -8,6 +8,7 @@ longer than they take.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,9 +86,9 @@ def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
     return True
 
 
-def hooked(model: Any) -> bool:
-    """Whether Python code of others runs inside a step, which a replay would leave out."""
-    return any(
+def alone(model: Any, forward: Callable[..., Any]) -> bool:
+    """Whether all that a step does is in its kernels: positions are told, and nothing of others' runs inside, as hooks do."""
+    return "position_ids" in inspect.signature(forward).parameters and not any(
         part is not model and (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
         for part in model.modules()
     )
@@ -174,7 +175,7 @@ class Steps:
             return None
         inputs = self._inputs(given, layers[0].length)
         begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
-        if not begun and not self._begin(model, inputs, layers):
+        if not begun and not self._begin(model, forward, inputs, layers):
             return None
         if not all(layer.room for layer in layers):
             return None
@@ -205,11 +206,11 @@ class Steps:
         pairs = [zip(layer.held(), held, strict=True) for layer, held in zip(layers, self.held, strict=True)]
         return all(one is other for pair in pairs for one, other in pair)
 
-    def _begin(self, model: Any, inputs: dict[str, Any], layers: Sequence[LayerCache]) -> bool:
+    def _begin(self, model: Any, forward: Callable[..., Any], inputs: dict[str, Any], layers: Sequence[LayerCache]) -> bool:
         """Make room for steps until pages move; whether they can be recorded."""
         self.forget()
         tokens = len(layers[0].window)
-        if not all(len(layer.window) == tokens and layer.recordable for layer in layers) or hooked(model):
+        if not all(len(layer.window) == tokens and layer.recordable for layer in layers) or not alone(model, forward):
             return False
         for layer in layers:
             layer.reserve()

@@ -248,6 +248,22 @@ def test_what_a_graph_refuses_is_told_and_taken_as_usual(
     assert len(told) == 1
 
 
+def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts: SimpleNamespace) -> None:
+    whole = model.forward
+
+    def forward(input_ids: torch.Tensor, past_key_values: Any = None, use_cache: Any = None) -> Any:
+        return whole(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    model.forward = forward
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90))
+    one_by_one(model, caches, ids(4, seed=6))
+    assert counts.recorded == 0
+    unpatch(model)
+    assert model.forward is forward
+
+
 def test_models_with_local_layers_are_not_recorded() -> None:
     local = tiny("mistral")
     assert ArgusCache(local, "int4").steps is None
