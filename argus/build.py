@@ -11,8 +11,8 @@ import torch
 from argus import plugins
 from argus.backends.base import Backend
 from argus.config import CacheConfig, PolicyChoice, StageConfig, validate
-from argus.engine import Plan, Stage
 from argus.errors import ConfigError
+from argus.plan import Plan, Stage
 from argus.policies.base import StageFacts, TextFacts
 from argus.tiers.base import ROLES, Tier, Tools
 

@@ -10,78 +10,16 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Backend, Dense, Segment
+from argus.backends.base import Dense, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
-from argus.ledger import Match
 from argus.pages import Pool, Slab, Window, smooth, to_pages
-from argus.policies.base import Aging, Anchors, NewPages, Outliers, PageFacts, StageFacts, salience
-from argus.tiers.base import ROLES, Role, Tier, gate
+from argus.plan import Plan, Stage
+from argus.policies.base import NewPages, PageFacts, salience
+from argus.tiers.base import ROLES, Role, gate
 
 EXACT = "exact"
 """The name under which a page's exact-token marks ``[n, B, H, P]`` travel with its codes."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A tier's place in a ladder: which tier keeps keys, which keeps values, and how many pages it may hold."""
-
-    facts: StageFacts
-    keys: Tier
-    values: Tier
-
-    def tier(self, role: Role) -> Tier:
-        """The tier of `role`."""
-        return self.keys if role == "keys" else self.values
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is chosen once, at build.
-
-    Attributes
-    ----------
-    page_size : int
-        Tokens a page.
-    window : int
-        Newest tokens that are always exact.
-    dtype : torch.dtype
-        Of everything kept exact.
-    block_pages : int
-        Pages handled at once: the bound on every workspace.
-    stages : tuple of Stage
-        The ladder, in order.
-    eight : bool
-        Whether tokens that anchors choose are kept in 8 bits.
-    cascade : bool
-        Whether a page is encoded by every stage on its way, not only by the one it goes to.
-    match : Match or None
-        How a byte budget was met, where there is one.
-    graphs : bool
-        Whether decode steps may be recorded as CUDA graphs.
-    """
-
-    page_size: int
-    window: int
-    dtype: torch.dtype
-    block_pages: int
-    stages: tuple[Stage, ...]
-    aging: Aging
-    anchors: tuple[Anchors, ...]
-    outliers: Outliers
-    backend: Backend
-    cascade: bool = False
-    eight: bool = False
-    match: Match | None = None
-    graphs: bool = True
-
-    @property
-    def needs_queries(self) -> bool:
-        """Whether any policy asks for the newest queries."""
-        return self.aging.needs_queries or any(policy.needs_queries for policy in self.anchors)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
-        return self
 
 
 @dataclass(frozen=True)

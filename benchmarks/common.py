@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from argus.attention import Query
 from argus.build import build
 from argus.config import load_cache_config
-from argus.engine import LayerCache, Plan
+from argus.engine import LayerCache
+from argus.plan import Plan
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 """One attention layer of Llama-3-8B."""

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from argus.attention import Query
 from argus.build import build
 from argus.config import CacheConfig, LadderConfig, PolicyChoice, StageConfig
-from argus.engine import LayerCache, Plan
+from argus.engine import LayerCache
+from argus.plan import Plan
 from argus.policies.base import TextFacts
 
 if not torch.cuda.is_available():

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from argus.engine import EXACT, Context, LayerCache, Plan
+from argus.engine import EXACT, Context, LayerCache
 from argus.ledger import measure
+from argus.plan import Plan
 from argus.tiers.base import ROLES
 from tests.conftest import (
     GROUPS,

@@ -13,8 +13,9 @@ from argus import plugins
 from argus.attention import Query
 from argus.build import build
 from argus.config import load_cache_config
-from argus.engine import LayerCache, Plan
+from argus.engine import LayerCache
 from argus.ledger import measure
+from argus.plan import Plan
 from tests.conftest import tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -49,6 +49,7 @@ def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> 
         try:
             made = call()
         except BaseException:
+            # A capture must end before what went wrong is told, and ending this one may go wrong too.
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
             raise
@@ -62,13 +63,17 @@ def copied(outputs: Any) -> Any:
     return type(outputs)(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in outputs.items()})
 
 
+def options(given: dict[str, Any]) -> dict[str, Any]:
+    """What else is asked of a step."""
+    return {name: x for name, x in given.items() if name not in GIVEN | LEFT_OUT and x is not None and x is not False}
+
+
 def plain_step(model: Any, given: dict[str, Any]) -> bool:
     """Whether a call of `model` is a decode step of one token a row, without padding and with nothing special asked."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if ids is None or ids.shape[1] != 1 or given.get("use_cache") is False or torch.is_grad_enabled() or model.training:
         return False
-    special = set(given) - GIVEN - LEFT_OUT - {"logits_to_keep", "return_dict"}
-    if any(given[name] is not None and given[name] is not False for name in special) or given.get("return_dict") is False:
+    if options(given).keys() - {"logits_to_keep", "return_dict"} or given.get("return_dict") is False:
         return False
     return mask is None or (mask.dim() == 2 and bool(mask.all()))
 
@@ -195,9 +200,8 @@ class Steps:
     def _inputs(self, given: dict[str, Any], length: int) -> dict[str, Any]:
         """What a step is given, but for the cache."""
         ids, positions = given["input_ids"], given.get("position_ids")
-        options = {name: x for name, x in given.items() if name not in GIVEN | LEFT_OUT and x is not None and x is not False}
         positions = torch.full_like(ids[:1], length) if positions is None else positions
-        return {"input_ids": ids, "position_ids": positions, **options}
+        return {"input_ids": ids, "position_ids": positions, **options(given)}
 
     def _stands(self, layers: Sequence[LayerCache]) -> bool:
         """Whether what was recorded, or is about to be, still lies where it did."""

@@ -20,9 +20,10 @@ from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
-from argus.engine import Context, LayerCache, Plan
+from argus.engine import Context, LayerCache
 from argus.errors import ModelError
 from argus.ledger import Ledger, measure
+from argus.plan import Plan
 from argus.policies.base import RECENT, TextFacts
 
 NAME = "argus"

@@ -7,8 +7,8 @@ from typing import Any
 from argus.adapters.huggingface import ArgusCache, make_plan
 from argus.build import build
 from argus.config import load_cache_config
-from argus.engine import Plan
 from argus.ledger import Ledger
+from argus.plan import Plan
 from argus.policies.base import TextFacts
 from argus.tasks.base import CacheKind, CacheOptions, Run
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from argus.config import RunConfig
-from argus.engine import Plan
 from argus.ledger import Ledger
+from argus.plan import Plan
 
 Row = dict[str, Any]
 """One line of the report: ``task``, ``cache``, ``context``, and what was measured."""

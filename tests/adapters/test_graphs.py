@@ -84,14 +84,17 @@ def ids(length: int, rows: int = 2, seed: int = 5) -> torch.Tensor:
     return torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def both(model: Any, options: list[str]) -> list[ArgusCache]:
-    """A cache whose steps are recorded, and one whose are not."""
-    return [ArgusCache(model, [*options, f"graphs={wanted}"]) for wanted in ("true", "false")]
-
-
 @torch.no_grad()
 def feed(model: Any, cache: ArgusCache, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
     return model(tokens, past_key_values=cache, **options).logits
+
+
+def both(model: Any, options: list[str], length: int = 0) -> list[ArgusCache]:
+    """A cache whose steps are recorded, and one whose are not, both fed so many tokens."""
+    caches = [ArgusCache(model, [*options, f"graphs={wanted}"]) for wanted in ("true", "false")]
+    for cache in caches if length else ():
+        feed(model, cache, ids(length))
+    return caches
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -122,9 +125,7 @@ def test_generate_answers_the_same(model: Any, counts: SimpleNamespace, ladder: 
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_what_a_cache_is_asked_between_steps(model: Any, counts: SimpleNamespace, ladder: str) -> None:
     """Tokens cropped, rows chosen, several tokens at once: what was recorded is not replayed where it does not hold."""
-    caches = both(model, LADDERS[ladder])
-    for cache in caches:
-        feed(model, cache, ids(170))
+    caches = both(model, LADDERS[ladder], 170)
     one_by_one(model, caches, ids(9, seed=6))
     for change in (
         lambda cache: cache.crop(-2),
@@ -146,9 +147,7 @@ def test_what_a_cache_is_asked_between_steps(model: Any, counts: SimpleNamespace
 
 
 def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace) -> None:
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(6, seed=6))
     for cache in caches:
         cache.crop(-3)
@@ -158,9 +157,7 @@ def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace
 
 
 def test_copies_record_for_themselves(model: Any, counts: SimpleNamespace) -> None:
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(4, seed=6))
     copies = copy.deepcopy(caches)
     one_by_one(model, copies, ids(4, seed=7))
@@ -170,9 +167,7 @@ def test_copies_record_for_themselves(model: Any, counts: SimpleNamespace) -> No
 
 
 def test_a_copy_of_the_model_records_its_own_steps(model: Any, counts: SimpleNamespace) -> None:
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(4, seed=6))
     other = copy.deepcopy(model)
     for weight in other.parameters():
@@ -184,9 +179,8 @@ def test_a_copy_of_the_model_records_its_own_steps(model: Any, counts: SimpleNam
 
 
 def test_what_steps_hold_is_in_the_ledger(model: Any, counts: SimpleNamespace) -> None:
-    recorded, launched = both(model, LADDERS["int4"])
+    recorded, launched = both(model, LADDERS["int4"], 90)
     for cache in (recorded, launched):
-        feed(model, cache, ids(90))
         for _ in range(3):
             feed(model, cache, ids(1, seed=6))
     assert counts.replayed
@@ -222,9 +216,7 @@ def test_steps_that_are_special_are_not_recorded(model: Any, counts: SimpleNames
 
 
 def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNamespace) -> None:
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(3, seed=6))
     for options in ({"logits_to_keep": 1}, {"position_ids": torch.full((1, 1), 93, device=DEVICE)}):
         got, want = (feed(model, cache, ids(1), **options) for cache in caches)
@@ -239,9 +231,7 @@ def test_what_a_graph_refuses_is_told_and_taken_as_usual(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     with caplog.at_level(logging.WARNING):
         one_by_one(model, caches, ids(6, seed=6))
     told = [record for record in caplog.records if "not recorded" in record.message]
@@ -255,9 +245,7 @@ def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts
         return whole(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
 
     model.forward = forward
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90))
+    caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(4, seed=6))
     assert counts.recorded == 0
     unpatch(model)

@@ -4,7 +4,7 @@ Coefficients are ``c = W (x - mean) / 64``, up to 16 rows, and pages are ``x = s
 and as many minus ones, so means and zeros of channels fall out of them: of axis ``channel``, ``c = scale * (W codes) / 64``.
 Scales of tokens take the signs of ``W``, which costs them no bit: of axis ``token``, ``c = ((W scale) codes + W zero) / 64``.
 Both are products of FP16 numbers, exact, with float32 sums on tensor cores: a code of up to 8 bits is an FP16 number below
-2^-14 as it is, wherever in its byte it lies.
+2^-14 as it is, wherever in its byte it lies. Codes of one bit and axis ``channel`` are counted instead (``archive_signs.py``).
 
 A lane holds columns 2 t and 2 t + 1 of products (lane ``4 g + t``), so groups of coefficients, which run along channels, are
 shared by the four lanes of a row. Its tokens are ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` for byte ``c`` of word ``(s, h)``, as
