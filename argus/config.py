@@ -197,8 +197,10 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             composed = hydra_compose("config", overrides=[*overrides, *searched])
             return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
         except MissingConfigException as error:
-            options = ", ".join(error.options or ())
-            raise ConfigError(f"'{error.missing_cfg_file}' is no config; allowed: {options}") from error
+            # Hydra tells no choices where one of several is wrong.
+            group = str(error.missing_cfg_file).rpartition("/")[0]
+            choices = error.options or GlobalHydra.instance().config_loader().get_group_options(group)
+            raise ConfigError(f"'{error.missing_cfg_file}' is no config; allowed: {', '.join(choices)}") from error
         except ConfigCompositionException as error:
             cause = error.__cause__
             if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:

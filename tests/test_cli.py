@@ -240,6 +240,7 @@ def test_help_is_light(tmp_path):
         (["tiers.stages.int4.capacity=3"], "capacity 3 is below a page; allowed: 64 tokens or more"),
         (["-m", "tiers=int4,int5"], "'tiers/int5' is no config; allowed: "),
         (["model=hf"], "model.id"),
+        (["cache=[argus,kivi5]"], "'cache/kivi5' is no config; allowed: argus, "),
         (["backend=tpu"], "backend 'tpu' is not known; allowed: "),
         (["nonsense"], "'nonsense'"),
         (["-m", "tiers=int4,int8", "hydra/launcher=nowhere"], "'hydra/launcher/nowhere' is no config; allowed: basic"),
