@@ -20,7 +20,7 @@ import triton.language as tl  # noqa: E402
 from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Loaded, Patch, Plain, Segment  # noqa: E402
 from argus.backends.cpu import CpuBackend  # noqa: E402
-from argus.backends.triton import prefill, staging  # noqa: E402
+from argus.backends.triton import prefill, stage, staging  # noqa: E402
 from argus.backends.triton.sight import Sight, Sights, survey  # noqa: E402
 from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
@@ -89,13 +89,22 @@ def test_a_tier_s_own_function() -> None:
     case.check()
 
 
-def test_projected_pages() -> None:
-    case = chunk(Plain(), Plain(), counts=())
-    tiers = [KeptProjection(case.backend, FORMS["int4-token"], unbiased) for unbiased in (True, False)]
-    keys, values = (tier.encode(case.random(2, 1, 2, 64, 64)) for tier in tiers)
-    case.segments = [Segment(*tiers, keys, values, torch.arange(2, device=DEVICE) * 64, 127, 64)]
-    case.dense[0] = replace(case.dense[0], start=128, last=128 + case.length - 1)
-    case.check(replace(case.query, start=128 + case.length - case.steps))
+@pytest.mark.parametrize(
+    ("inner", "ratio", "page", "dim"),
+    [("int4-token", 4, 64, 64), ("plain", 16, 64, 80), ("sign", 4, 32, 64), ("fp8-token", 2, 128, 96), ("int3", 2, 256, 64)],
+)
+def test_projected_pages(monkeypatch: pytest.MonkeyPatch, inner: str, ratio: int, page: int, dim: int) -> None:
+    """One kernel reads coefficients and writes tokens; more rows than it holds are decoded by the tier."""
+    case = chunk(Plain(), Plain(), counts=(), dim=dim, page=page)
+    decoded: list[int] = []
+    write = stage._stage_decoded
+    monkeypatch.setattr(stage, "_stage_decoded", lambda *args: decoded.append(1) or write(*args))
+    tiers = [KeptProjection(case.backend, FORMS[inner], unbiased, ratio) for unbiased in (True, False)]
+    keys, values = (tier.encode(case.random(2, 1, 2, page, dim)) for tier in tiers)
+    case.segments = [Segment(*tiers, keys, values, torch.arange(2, device=DEVICE) * page, 2 * page - 1, page)]
+    case.dense[0] = replace(case.dense[0], start=2 * page, last=2 * page + case.length - 1)
+    case.check(replace(case.query, start=2 * page + case.length - case.steps))
+    assert bool(decoded) == (page // ratio > stage.TALLEST)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -230,7 +239,7 @@ def test_what_no_kernel_reads_is_decoded(monkeypatch: pytest.MonkeyPatch, tight:
     if tight:
         page = 2 * 64 * 64 * 4
         monkeypatch.setattr(staging, "BLOCK", 2 * page)
-        monkeypatch.setattr(staging, "DECODED", page)
+        monkeypatch.setattr(stage, "DECODED", page)
     unknown = SimpleNamespace(form=lambda role: None, decode=decode)
     case.segments[0] = replace(case.segments[0], key_tier=unknown)
     plain = case.backend.attend(case.query, case.segments, case.dense)
@@ -283,8 +292,8 @@ def test_blocks_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_no_row_sees_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     case = chunk(*INT4, counts=(1, 1, 1, 1), exact=False, steps=16)
     staged: list[int] = []
-    stage = staging.stage
-    monkeypatch.setattr(staging, "stage", lambda segment, role, out: staged.append(segment.first) or stage(segment, role, out))
+    write = staging.stage
+    monkeypatch.setattr(staging, "stage", lambda segment, role, out: staged.append(segment.first) or write(segment, role, out))
     begin = case.length - 16
     seen = torch.ones(1, 1, 16, case.length, dtype=torch.bool, device=DEVICE).tril(begin).triu(begin - 100)
     case.check(replace(case.query, mask=seen))

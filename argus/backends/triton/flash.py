@@ -49,10 +49,11 @@ def _flash_kernel(
     row = inner * R + group * S + step
     asked = step < S
     whole = asked[:, None] & (ch < D)[None, :]
-    q = tl.load(q_ptr + row[:, None] * D + ch[None, :], mask=whole, other=0.0) / scale
+    size = tl.abs(scale)
+    q = tl.load(q_ptr + row[:, None] * D + ch[None, :], mask=whole, other=0.0) / size
     factor, inverse = _power(tl.max(tl.abs(q), 1))
     q = (q * inverse[:, None]).to(tl.float16)
-    factor *= scale
+    factor *= size
     if FACTORS:
         factor *= tl.load(k_factor_ptr + inner)
         v_factor = tl.load(v_factor_ptr + inner)
@@ -71,6 +72,10 @@ def _flash_kernel(
     end = tl.minimum(begin + share, tokens)
     if PLACED == 1 and MASK == 3:
         end = tl.minimum(end, start + tl.program_id(0) * BM + BM - first)
+    PAGED: tl.constexpr = P % BN == 0
+    WHOLE: tl.constexpr = EVEN and D == DB
+    PLAIN: tl.constexpr = EVEN and MASK == 0 and PLACED < 2 and not EXACT and not CAPPED
+    inside = tl.arange(0, BN)[:, None]
     for low in range(begin, end, BN):
         tok = low + tl.arange(0, BN)
         page = tok // P
@@ -84,32 +89,47 @@ def _flash_kernel(
             pos = (tl.load(positions_ptr + page, mask=held, other=0) + tok % P).to(tl.int32)
         if EXACT:
             marks = tl.load(marks_ptr + (page * (tl.num_programs(1) // groups) + inner) * P + tok % P, mask=held, other=1)
-        inside = (tok < tokens)[:, None]
-        if D < DB:
-            inside = inside & (ch < D)[None, :]
-        k = tl.load(k_ptr + (page * k_page + tok % P * k_token)[:, None] + ch[None, :], mask=inside, other=0.0)
-        v = tl.load(v_ptr + (page * v_page + tok % P * v_token)[:, None] + ch[None, :], mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k)) * factor[:, None]
-        if CAPPED:
-            s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634) / cap) + 1.0)) * 1.4426950408889634
-        if EXACT:
-            held = held & (marks == 0)
-        seen = held[None, :]
-        if MASK == 3:
-            seen = seen & (pos[None, :] <= (start + step)[:, None])
-        elif MASK > 0:
-            seen = seen & asked[:, None]
-            more = tl.load(mask_ptr + mask_row[:, None] + pos[None, :] * mask_key, mask=seen, other=0)
-            if MASK == 1:
-                seen = seen & (more != 0)
-            else:
-                seen = seen & (more > lowest)
-                s += more.to(tl.float32) * 1.4426950408889634
-        if MASK > 0 or EXACT or PLACED == 2 or not EVEN:
-            s = tl.where(seen, s, float("-inf"))
-        best = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        p = tl.exp2(s - (safe - LIFT)[:, None])
+        if PAGED:
+            # One page's tokens: what differs from tile to tile is one address.
+            k_at = k_ptr + (low // P * k_page + low % P * k_token) + (inside * k_token + ch[None, :])
+            v_at = v_ptr + (low // P * v_page + low % P * v_token) + (inside * v_token + ch[None, :])
+        else:
+            k_at = k_ptr + (page * k_page + tok % P * k_token)[:, None] + ch[None, :]
+            v_at = v_ptr + (page * v_page + tok % P * v_token)[:, None] + ch[None, :]
+        if WHOLE:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        else:
+            there = (tok < tokens)[:, None] & (ch < D)[None, :]
+            k = tl.load(k_at, mask=there, other=0.0)
+            v = tl.load(v_at, mask=there, other=0.0)
+        s = tl.dot(q, tl.trans(k))
+        if PLAIN:
+            best = tl.maximum(m, tl.max(s, 1) * factor)
+            safe = best
+            p = tl.exp2(s * factor[:, None] - (safe - LIFT)[:, None])
+        else:
+            s *= factor[:, None]
+            if CAPPED:
+                s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634) / cap) + 1.0)) * 1.4426950408889634
+            if EXACT:
+                held = held & (marks == 0)
+            seen = held[None, :]
+            if MASK == 3:
+                seen = seen & (pos[None, :] <= (start + step)[:, None])
+            elif MASK > 0:
+                seen = seen & asked[:, None]
+                more = tl.load(mask_ptr + mask_row[:, None] + pos[None, :] * mask_key, mask=seen, other=0)
+                if MASK == 1:
+                    seen = seen & (more != 0)
+                else:
+                    seen = seen & (more > lowest)
+                    s += more.to(tl.float32) * 1.4426950408889634
+            if MASK > 0 or EXACT or PLACED == 2 or not EVEN:
+                s = tl.where(seen, s, float("-inf"))
+            best = tl.maximum(m, tl.max(s, 1))
+            safe = tl.where(best == float("-inf"), 0.0, best)
+            p = tl.exp2(s - (safe - LIFT)[:, None])
         keep = tl.exp2(m - safe)
         total = total * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(tl.float16), v, acc * keep[:, None])

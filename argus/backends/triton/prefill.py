@@ -63,10 +63,10 @@ class Running:
         return out / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
 
 
-def tile(length: int, dim: int, masked: bool = False) -> tuple[int, int, int]:
-    """Query tokens and keys that a program takes at once, and its warps; a mask takes registers of its own."""
-    rows = max(16, min(64 if masked or dim > 128 else 128, triton.next_power_of_2(length)))
-    return rows, 32 if masked else 64, 8 if rows >= 64 else 4
+def tile(length: int, dim: int, masked: bool = False) -> tuple[int, int, int, int]:
+    """Query tokens and keys that a program takes at once, its warps, and its stages; a mask takes registers of its own."""
+    rows, wide = max(16, min(64, triton.next_power_of_2(length))), masked or dim > 128
+    return rows, 32 if masked else 64, 8 if wide and rows >= 64 else 4, 2 if wide else 3
 
 
 def shares_of(query: Query) -> int:
@@ -111,7 +111,7 @@ def _go_on(query: Query, rows: Tensor, tokens: Tokens, sight: Sight, running: Ru
     batch, heads, count, dim = rows.shape
     shares = len(running.out)
     kind, mask, strides, lowest = _mask(query, tokens, sight)
-    bm, bn, warps = tile(query.length, dim, kind in (1, 2))
+    bm, bn, warps, stages = tile(query.length, dim, kind in (1, 2))
     placed = _placed(tokens, kind)
     held = rows if tokens.positions is None else tokens.positions
     factors = tokens.factors or (rows, rows)
@@ -124,7 +124,7 @@ def _go_on(query: Query, rows: Tensor, tokens: Tokens, sight: Sight, running: Ru
         tokens.page, dim, triton.next_power_of_2(dim), bm, bn,
         placed, kind, tokens.marks is not None, query.softcap is not None, tokens.factors is not None,
         placed == 0 and tokens.count % bn == 0,
-        num_warps=warps, num_stages=2,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -7,73 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from argus.backends.base import Dense, Role, Segment
-from argus.backends.triton import forms
-from argus.backends.triton.decode import _tile
+from argus.backends.base import Dense, Segment
 from argus.backends.triton.sight import Sight
+from argus.backends.triton.stage import stage
 
 BLOCK = 64 << 20
 """Bytes of FP16 keys and values that are held at once, or those of one page where it has more."""
-DECODED = 32 << 20
-"""Bytes of float32 numbers that a tier which no kernel reads decodes at once, or those of one page where it has more."""
-HIGHEST = torch.finfo(torch.float16).max
 STEP = 64
 """Tokens by which the kernel counts where none are in pages."""
-
-
-@triton.jit
-def _stage_kernel(
-    codes, scales, zeros, own, out_ptr, codes_step, scales_step, zeros_step,
-    P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, LOAD: tl.constexpr, HIGHEST: tl.constexpr,
-):  # fmt: skip
-    """Write TB tokens of one page and head, decoded, as FP16 numbers; what is beyond FP16's range becomes its end."""
-    TILES: tl.constexpr = (P + TB - 1) // TB
-    page = (tl.program_id(0) // TILES).to(tl.int64)
-    inner = tl.program_id(1).to(tl.int64)
-    tok = (tl.program_id(0) % TILES * TB + tl.arange(0, TB))[:, None]
-    ch = tl.arange(0, DB)[None, :]
-    seen = (tok < P) & (ch < D)
-    x = _tile(
-        codes + page * codes_step, scales + page * scales_step, zeros + page * zeros_step, own, tok, ch, seen, inner, P, D,
-        KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, LOAD,
-    )  # fmt: skip
-    x = tl.minimum(tl.maximum(x, -HIGHEST), HIGHEST).to(tl.float16)
-    tl.store(out_ptr + ((page * tl.num_programs(1) + inner) * P + tok) * D + ch, x, mask=seen)
-
-
-def stage(segment: Segment, role: Role, out: Tensor) -> int:
-    """Decode one role of a segment into ``out [n, B, H, P, D]`` float16, and tell the bytes that this took beside."""
-    payload = segment.payload(role)
-    pages, batch, heads, page, dim = out.shape
-    form = segment.tier(role).form(role)
-    constants = None if segment.patch is not None or forms.rotates(form) else forms.described(form, payload, page, dim)
-    if constants is None:
-        return _stage_decoded(segment, role, out)
-    tensors = [payload.get(name) for name in ("codes", "scale", "zero")]
-    tokens = min(triton.next_power_of_2(page), 32)
-    _stage_kernel[(pages * triton.cdiv(page, tokens), batch * heads)](
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), forms.own(form, out), out,
-        *(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors),
-        page, dim, triton.next_power_of_2(dim), tokens, **constants, HIGHEST=HIGHEST,
-    )  # fmt: skip
-    return 0
-
-
-def _stage_decoded(segment: Segment, role: Role, out: Tensor) -> int:
-    step = max(1, DECODED // (4 * out[0].numel()))
-    for begin in range(0, len(out), step):
-        part = segment.part(begin, begin + step) if step < len(out) else segment
-        decoded = part.tier(role).decode(part.payload(role), role)
-        if part.patch is not None:
-            decoded = part.patch(role, decoded)
-        out[begin : begin + step] = decoded.clamp(-HIGHEST, HIGHEST)
-    return 8 * min(step, len(out)) * out[0].numel()
 
 
 @dataclass(frozen=True)

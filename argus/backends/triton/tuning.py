@@ -67,7 +67,7 @@ def splits(units: int, heads: int, per_program: int, processors: int, resident: 
 def merging(slots: int, dim: int) -> tuple[int, int, int]:
     """Channels of a program of the merge, answers that it takes at once, and its warps."""
     chunk, at_once = min(16, power(dim)), min(512, max(2, power(slots)))
-    return chunk, at_once, max(1, min(8, at_once * chunk // 1024))
+    return chunk, at_once, max(1, min(4, at_once * chunk // 1024))
 
 
 @cache
