@@ -75,27 +75,30 @@ def _flash_kernel(
     PAGED: tl.constexpr = P % BN == 0
     WHOLE: tl.constexpr = EVEN and D == DB
     PLAIN: tl.constexpr = EVEN and MASK == 0 and PLACED < 2 and not EXACT and not CAPPED
-    inside = tl.arange(0, BN)[:, None]
+    within = tl.arange(0, BN)
     for low in range(begin, end, BN):
-        tok = low + tl.arange(0, BN)
+        tok = low + within
         page = tok // P
         held = tok < tokens
+        if PAGED:
+            # One page's tokens: what differs from tile to tile is one address.
+            k_at = k_ptr + (low // P * k_page + low % P * k_token) + (within[:, None] * k_token + ch[None, :])
+            v_at = v_ptr + (low // P * v_page + low % P * v_token) + (within[:, None] * v_token + ch[None, :])
+        else:
+            k_at = k_ptr + (page * k_page + tok % P * k_token)[:, None] + ch[None, :]
+            v_at = v_ptr + (page * v_page + tok % P * v_token)[:, None] + ch[None, :]
         if PLACED == 2:
             pos = tl.load(positions_ptr + batch * p_batch + (inner % heads) * p_head + tok, mask=held, other=-1)
             held = pos >= 0
         elif PLACED == 1:
             pos = first + tok
         elif MASK > 0:
-            pos = (tl.load(positions_ptr + page, mask=held, other=0) + tok % P).to(tl.int32)
+            if PAGED:
+                pos = (tl.load(positions_ptr + low // P) + low % P).to(tl.int32) + within
+            else:
+                pos = (tl.load(positions_ptr + page, mask=held, other=0) + tok % P).to(tl.int32)
         if EXACT:
             marks = tl.load(marks_ptr + (page * (tl.num_programs(1) // groups) + inner) * P + tok % P, mask=held, other=1)
-        if PAGED:
-            # One page's tokens: what differs from tile to tile is one address.
-            k_at = k_ptr + (low // P * k_page + low % P * k_token) + (inside * k_token + ch[None, :])
-            v_at = v_ptr + (low // P * v_page + low % P * v_token) + (inside * v_token + ch[None, :])
-        else:
-            k_at = k_ptr + (page * k_page + tok % P * k_token)[:, None] + ch[None, :]
-            v_at = v_ptr + (page * v_page + tok % P * v_token)[:, None] + ch[None, :]
         if WHOLE:
             k = tl.load(k_at)
             v = tl.load(v_at)
@@ -112,8 +115,6 @@ def _flash_kernel(
             s *= factor[:, None]
             if CAPPED:
                 s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634) / cap) + 1.0)) * 1.4426950408889634
-            if EXACT:
-                held = held & (marks == 0)
             seen = held[None, :]
             if MASK == 3:
                 seen = seen & (pos[None, :] <= (start + step)[:, None])
@@ -125,6 +126,8 @@ def _flash_kernel(
                 else:
                     seen = seen & (more > lowest)
                     s += more.to(tl.float32) * 1.4426950408889634
+            if EXACT:
+                seen = seen & (marks == 0)[None, :]
             if MASK > 0 or EXACT or PLACED == 2 or not EVEN:
                 s = tl.where(seen, s, float("-inf"))
             best = tl.maximum(m, tl.max(s, 1))
