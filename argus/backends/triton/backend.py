@@ -152,6 +152,6 @@ class TritonBackend(CpuBackend):
         from argus.backends.triton import prefill
 
         held = [part.counted() for part in dense if part.keys.shape[2]]
-        out, used = prefill.attend(query, segments, held, sinks, self.sights.of(query))
+        out, used = prefill.attend(query, segments, self.tables.of(segments), held, sinks, self.sights.of(query))
         self.workspace = max(self.workspace, used)
         return out

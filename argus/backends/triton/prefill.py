@@ -15,6 +15,7 @@ from argus.backends.triton import tuning
 from argus.backends.triton.flash import LIFT, _flash_kernel
 from argus.backends.triton.sight import Sight
 from argus.backends.triton.staging import Room, Tokens
+from argus.backends.triton.tables import Pages
 
 LOG2E = 1.4426950408889634
 
@@ -65,8 +66,8 @@ class Running:
 
 def tile(length: int, dim: int, masked: bool = False) -> tuple[int, int, int, int]:
     """Query tokens and keys that a program takes at once, its warps, and its stages; a mask takes registers of its own."""
-    rows, wide = max(16, min(64, triton.next_power_of_2(length))), masked or dim > 128
-    return rows, 32 if masked else 64, 8 if wide and rows >= 64 else 4, 2 if wide else 3
+    rows, wide = max(16, min(64, triton.next_power_of_2(length))), dim > 128
+    return rows, 32 if masked else 64, 8 if wide and rows >= 64 else 4, 2 if masked or wide else 3
 
 
 def shares_of(query: Query) -> int:
@@ -77,7 +78,7 @@ def shares_of(query: Query) -> int:
 
 
 def attend(
-    query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None, sight: Sight
+    query: Query, segments: Sequence[Segment], pages: Pages, dense: Sequence[Dense], sinks: Tensor | None, sight: Sight
 ) -> tuple[Tensor, int]:
     """Answer a chunk of queries over pages and exact tokens.
 
@@ -85,6 +86,8 @@ def attend(
     ----------
     query, segments, dense, sinks
         As for :meth:`argus.backends.base.Backend.attend`.
+    pages : Pages
+        Where those of `segments` lie.
     sight : Sight
         Of `query`.
 
@@ -98,7 +101,7 @@ def attend(
     batch, heads, _, dim = query.rows.shape
     running, room = Running.of(query, sinks, shares_of(query)), Room()
     rows = query.rows.contiguous()
-    for tokens in room.pages(segments, sight, (batch, heads, dim)):
+    for tokens in room.pages(segments, pages, sight, (batch, heads, dim)):
         _go_on(query, rows, tokens, sight, running)
     for part in dense:
         for tokens in room.dense(part, sight):

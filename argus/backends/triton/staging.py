@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from argus.backends.base import Dense, Segment
 from argus.backends.triton.sight import Sight
-from argus.backends.triton.stage import stage
+from argus.backends.triton.stage import Piece, joined, stage
+from argus.backends.triton.tables import Pages
 
 BLOCK = 64 << 20
 """Bytes of FP16 keys and values that are held at once, or those of one page where it has more."""
@@ -69,31 +70,39 @@ class Room:
     def __init__(self) -> None:
         self.bytes = 0
 
-    def pages(self, segments: Sequence[Segment], sight: Sight, inner: tuple[int, int, int]) -> Iterator[Tokens]:
-        """Blocks of the pages that any row sees, as FP16; `inner`: batch, heads and head_dim."""
-        seen = [segment for segment in segments if sight.sees(segment.first, segment.last)]
+    def pages(self, segments: Sequence[Segment], where: Pages, sight: Sight, inner: tuple[int, int, int]) -> Iterator[Tokens]:
+        """Blocks of the pages that any row sees, as FP16; `where` they lie; `inner`: batch, heads and head_dim."""
+        seen = [
+            Piece(segment, 0, len(segment.positions), *(found or (None, 0)))
+            for segment, found in zip(segments, where.where, strict=True)
+            if sight.sees(segment.first, segment.last)
+        ]
         if not seen:
             return
         batch, heads, dim = inner
-        page = seen[0].page_size
+        page = seen[0].segment.page_size
         shape = (batch, heads, page, dim)
         room = max(1, BLOCK // (4 * batch * heads * page * dim))
-        total = sum(len(segment.positions) for segment in seen)
-        held = torch.empty(2, min(room, total), *shape, dtype=torch.float16, device=seen[0].positions.device)
+        total = sum(piece.count for piece in seen)
+        held = torch.empty(2, min(room, total), *shape, dtype=torch.float16, device=seen[0].segment.positions.device)
         strides = (heads * page * dim, page * dim, held.stride(1), dim)
         for block in blocks(seen, sight, room):
             done = 0
-            for segment in block:
-                count = len(segment.positions)
+            for group in joined(block):
+                count = sum(piece.count for piece in group)
                 for place, role in enumerate(("keys", "values")):
-                    more = stage(segment, role, held[place, done : done + count])
+                    more = stage(group, role, held[place, done : done + count])
                     self.bytes = max(self.bytes, held.numel() * 2 + more)
                 done += count
-            marks = [segment.exact.view(torch.uint8) for segment in block if segment.exact is not None]
+            marks = [
+                piece.segment.exact[piece.begin : piece.end].view(torch.uint8)
+                for piece in block
+                if piece.segment.exact is not None
+            ]
             yield Tokens(
                 held[0], held[1], strides, strides, done * page, page,
-                min(segment.first for segment in block), max(segment.last for segment in block),
-                torch.cat([segment.positions for segment in block]),
+                min(piece.segment.first for piece in block), max(piece.segment.last for piece in block),
+                torch.cat([piece.segment.positions[piece.begin : piece.end] for piece in block]),
                 torch.cat(marks).contiguous() if marks else None,
             )  # fmt: skip
 
@@ -144,18 +153,18 @@ def fitted(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / factor.to(x.dtype)).to(torch.float16), factor
 
 
-def blocks(segments: Sequence[Segment], sight: Sight, pages: int) -> Iterator[list[Segment]]:
-    """Segments in blocks of so many pages at most, cut where needed; those that need a mask apart from those that do not."""
-    block: list[Segment] = []
+def blocks(pieces: Sequence[Piece], sight: Sight, pages: int) -> Iterator[list[Piece]]:
+    """Pieces in blocks of so many pages at most, cut where needed; those that need a mask apart from those that do not."""
+    block: list[Piece] = []
     room, plain = pages, False
-    for segment in segments:
-        clear, count, begin = sight.plain(segment.first, segment.last), len(segment.positions), 0
-        while begin < count:
+    for piece in pieces:
+        clear, begin = sight.plain(piece.segment.first, piece.segment.last), piece.begin
+        while begin < piece.end:
             if block and (not room or clear != plain):
                 yield block
                 block, room = [], pages
-            take = min(count - begin, room)
-            block.append(segment if take == count else segment.part(begin, begin + take))
-            room, plain, begin = room - take, clear, begin + take
+            end = min(piece.end, begin + room)
+            block.append(replace(piece, begin=begin, end=end, place=piece.place + begin - piece.begin))
+            room, plain, begin = room - (end - begin), clear, end
     if block:
         yield block

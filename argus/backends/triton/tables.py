@@ -46,6 +46,8 @@ class Run:
     laid : tuple of Tensor
         What all pages share, of keys and of values: projections, as :func:`~argus.backends.triton.fragments.fragments` lays
         them, or codebooks, as :func:`lay_book` does.
+    aligned : bool
+        Whether every tensor of every page begins at a multiple of 16 bytes.
     members : tuple of Run
         Several stages with few pages each, in one table that tells each page's form; the forms above are those of the first.
     """
@@ -60,6 +62,7 @@ class Run:
     last: int
     exact: bool
     laid: tuple[Tensor, ...] = ()
+    aligned: bool = False
     members: tuple[Run, ...] = ()
 
     @property
@@ -98,18 +101,21 @@ def readable(segment: Segment) -> bool:
 
 
 def same_stage(first: Segment, second: Segment) -> bool:
-    """Whether one launch may answer for both."""
+    """Whether the launch that answers for `first`, which kernels read, may answer for both."""
     return (
         first.key_tier is second.key_tier
         and first.value_tier is second.value_tier
         and first.page_size == second.page_size
-        and (first.exact is None) == (second.exact is None)
-        and all(
-            a[name].dtype == b[name].dtype and a[name].shape[1:] == b[name].shape[1:]
-            for a, b in ((first.keys, second.keys), (first.values, second.values))
-            for name in a
-        )
+        and second.patch is None
+        and second.positions.numel() > 0
+        and shapes(first) == shapes(second)
     )
+
+
+def shapes(segment: Segment) -> list[Any]:
+    """What the pages of a segment look like in memory."""
+    tensors = (*segment.keys.values(), *segment.values.values(), segment.exact)
+    return [None if x is None else (x.dtype, x.shape[1:], x.stride()) for x in tensors]
 
 
 def parts_of(payload: Payload) -> Payload:
@@ -195,40 +201,59 @@ def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
     """The table of segments of one stage."""
     first = segments[0]
     key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
+    table = addresses(segments, facts_of(key_form, value_form, first.page_size))
     return Run(
         key_form=key_form,
         value_form=value_form,
         keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
         values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
-        table=addresses(segments, facts_of(key_form, value_form, first.page_size)).to(first.positions.device),
+        table=table.to(first.positions.device),
         positions=torch.cat([segment.positions for segment in segments]).to(torch.int64),
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
         laid=tuple(laid(f, back, first) for f, back in ((key_form, True), (value_form, False)) if is_laid(f)),
+        aligned=not (table[:, :-1] % 16).any(),
     )
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Segments sorted by who answers for them: a kernel for a run of pages, or the decoding of a block."""
+    """Segments sorted by who answers for them: a kernel for a run of pages, or the decoding of a block.
+
+    Attributes
+    ----------
+    runs : tuple of Run
+    others : tuple of int
+        Segments that no kernel reads.
+    where : tuple
+        Of each segment the run of its stage and the place of its first page there; None of `others`.
+    """
 
     runs: tuple[Run, ...]
     others: tuple[int, ...]
+    where: tuple[tuple[Run, int] | None, ...]
 
 
 def sort(segments: Sequence[Segment], laid: Lay = lay) -> Pages:
     """Gather the segments of each stage; segments that no kernel reads are told by their place."""
-    groups: list[list[Segment]] = []
+    groups: list[list[int]] = []
     others = []
     for place, segment in enumerate(segments):
-        if not readable(segment):
-            others.append(place)
-        elif groups and same_stage(groups[-1][0], segment):
-            groups[-1].append(segment)
+        if groups and same_stage(segments[groups[-1][0]], segment):
+            groups[-1].append(place)
+        elif readable(segment):
+            groups.append([place])
         else:
-            groups.append([segment])
-    return Pages(tuple(mix([make_run(group, laid) for group in groups])), tuple(others))
+            others.append(place)
+    runs = [make_run([segments[place] for place in group], laid) for group in groups]
+    where: list[tuple[Run, int] | None] = [None] * len(segments)
+    for group, run in zip(groups, runs, strict=True):
+        done = 0
+        for place in group:
+            where[place] = (run, done)
+            done += len(segments[place].positions)
+    return Pages(tuple(mix(runs)), tuple(others), tuple(where))
 
 
 class Tables:
@@ -241,7 +266,7 @@ class Tables:
     def of(self, segments: Sequence[Segment]) -> Pages:
         """The tables of `segments`, made anew only when they are not those of the last time."""
         if not segments:
-            return Pages((), ())
+            return Pages((), (), ())
         key = id(segments[0])
         kept = self._held.get(key)
         if kept is not None and len(kept[0]) == len(segments):
