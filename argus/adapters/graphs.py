@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
 """What a recorded step is given."""
 LEFT_OUT = frozenset({"attention_mask", "cache_position"})
-"""What a step without padding does not need, since queries know their positions."""
+"""What it need not be given, since queries know their positions; but a mask that hides tokens has a place of its own."""
 
 
 def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> tuple[Any, Any]:
@@ -69,13 +69,19 @@ def options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_step(model: Any, given: dict[str, Any]) -> bool:
-    """Whether a call of `model` is a decode step of one token a row, without padding and with nothing special asked."""
+    """Whether a call of `model` is a decode step of one token a row, with nothing special asked."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if ids is None or ids.shape[1] != 1 or given.get("use_cache") is False or torch.is_grad_enabled() or model.training:
         return False
     if options(given).keys() - {"logits_to_keep", "return_dict"} or given.get("return_dict") is False:
         return False
-    return mask is None or (mask.dim() == 2 and bool(mask.all()))
+    return mask is None or mask.dim() == 2
+
+
+def hiding(given: dict[str, Any]) -> Tensor | None:
+    """The mask ``[B, L]`` of a step that hides tokens, such as padding; waits for the device."""
+    mask: Tensor | None = given.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
@@ -130,6 +136,8 @@ class Steps:
         Whose step it is.
     graph, outputs
         What was recorded, and the outputs that each replay writes; None before.
+    mask : Tensor or None
+        ``[B, 1, 1, L]`` bool, which tokens may be seen, with room for all until pages move; None: all.
     """
 
     def __init__(self) -> None:
@@ -145,12 +153,13 @@ class Steps:
         self.outputs: Any = None
         self.model: Any = None
         self.inputs: dict[str, Any] = {}
+        self.mask: Tensor | None = None
         self.place: Place | None = None
         self.held: list[tuple[object, ...]] = []
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        held = [*self.inputs.values(), *(self.outputs or {}).values()]
+        held = [*self.inputs.values(), *(self.outputs or {}).values(), self.mask]
         if self.place is not None:
             held += [self.place.index, self.place.count]
         return [x for x in held if isinstance(x, Tensor)]
@@ -178,13 +187,16 @@ class Steps:
         """
         if not self.wanted or not layers[0].where or not plain_step(model, given):
             return None
-        inputs = self._inputs(given, layers[0].length)
+        inputs, mask = self._inputs(given, layers[0].length), hiding(given)
+        if mask is not None and mask.shape != (len(given["input_ids"]), layers[0].length + 1):
+            return None
         begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
-        if not begun and not self._begin(model, forward, inputs, layers):
+        begun = begun and (mask is None) == (self.mask is None)
+        if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
         if not all(layer.room for layer in layers):
             return None
-        self._place(inputs, layers)
+        self._place(inputs, mask, layers)
         call = partial(self._call, forward, given["past_key_values"], layers)
         if not begun:
             outputs = call()
@@ -210,7 +222,14 @@ class Steps:
         pairs = [zip(layer.held(), held, strict=True) for layer, held in zip(layers, self.held, strict=True)]
         return all(one is other for pair in pairs for one, other in pair)
 
-    def _begin(self, model: Any, forward: Callable[..., Any], inputs: dict[str, Any], layers: Sequence[LayerCache]) -> bool:
+    def _begin(
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        inputs: dict[str, Any],
+        mask: Tensor | None,
+        layers: Sequence[LayerCache],
+    ) -> bool:
         """Make room for steps until pages move; whether they can be recorded."""
         self.forget()
         tokens = len(layers[0].window)
@@ -222,14 +241,19 @@ class Steps:
         index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
         self.place = Place(index, count)
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        if mask is not None:
+            whole = layers[0].length + layers[0].room
+            self.mask = torch.ones(len(mask), 1, 1, whole, dtype=torch.bool, device=device)
         self.model = model
         return True
 
-    def _place(self, inputs: dict[str, Any], layers: Sequence[LayerCache]) -> None:
-        """Tell the device this step's tokens, and where they go."""
+    def _place(self, inputs: dict[str, Any], mask: Tensor | None, layers: Sequence[LayerCache]) -> None:
+        """Tell the device this step's tokens, where they go, and what they may see."""
         for name, x in self.inputs.items():
             if isinstance(x, Tensor):
                 x.copy_(inputs[name])
+        if self.mask is not None and mask is not None:
+            self.mask[..., : mask.shape[1]] = mask[:, None, None]
         index = len(layers[0].window)
         if self.place is not None:
             self.place.index.fill_(index)
@@ -242,7 +266,8 @@ class Steps:
         for layer in layers:
             layer.window.place = self.place
         try:
-            return forward(**self.inputs, past_key_values=cache, use_cache=True)
+            seen = {} if self.mask is None else {"attention_mask": self.mask}
+            return forward(**self.inputs, **seen, past_key_values=cache, use_cache=True)
         finally:
             for layer in layers:
                 layer.window.place = None

@@ -190,13 +190,6 @@ def test_what_steps_hold_is_in_the_ledger(model: Any, counts: SimpleNamespace) -
 
 
 def test_steps_that_are_special_are_not_recorded(model: Any, counts: SimpleNamespace) -> None:
-    cache = ArgusCache(model, LADDERS["int4"])
-    mask = torch.ones(2, 90, dtype=torch.long, device=DEVICE)
-    mask[0, :5] = 0
-    feed(model, cache, ids(90), attention_mask=mask)
-    for _ in range(3):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        feed(model, cache, ids(1), attention_mask=mask)
     assert model(ids(1), past_key_values=ArgusCache(model, LADDERS["int4"]), output_hidden_states=True).hidden_states
     cache = ArgusCache(model, LADDERS["int4"])
     feed(model, cache, ids(90))
@@ -213,6 +206,47 @@ def test_steps_that_are_special_are_not_recorded(model: Any, counts: SimpleNames
     assert len(seen) == 3
     handle.remove()
     assert counts.recorded == 0
+
+
+def padded(length: int, *hidden: int) -> torch.Tensor:
+    """A mask of two rows, the first `hidden` tokens of each."""
+    mask = torch.ones(len(hidden), length, dtype=torch.long, device=DEVICE)
+    for row, count in enumerate(hidden):
+        mask[row, :count] = 0
+    return mask
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_padded_rows_answer_the_same(model: Any, counts: SimpleNamespace, ladder: str) -> None:
+    answers = [
+        model.generate(
+            ids(150), attention_mask=padded(150, 37, 0), past_key_values=cache, max_new_tokens=100, do_sample=False,
+            pad_token_id=0,
+        )
+        for cache in both(model, LADDERS[ladder])
+    ]  # fmt: skip
+    assert torch.equal(*answers) or CUDA
+    assert counts.replayed > 60
+    assert counts.recorded <= 2 + 100 // 16
+
+
+def test_each_step_sees_what_its_mask_shows(model: Any, counts: SimpleNamespace) -> None:
+    """Masks that change from step to step; none; and one that is too short, which is taken as usual."""
+    caches = both(model, LADDERS["int4"])
+    for cache in caches:
+        feed(model, cache, ids(90), attention_mask=padded(90, 8, 3))
+    recorded = []
+    for i in range(12):
+        mask = padded(91 + i, *((0, 0) if i in (7, 8) else (8, 3)))
+        if i in (4, 6):
+            mask[1, 20:60] = 0
+        if i == 10:
+            mask = mask[:, :-2]
+        got, want = (feed(model, cache, ids(1, seed=i), attention_mask=mask) for cache in caches)
+        close(got, want)
+        recorded.append(counts.recorded)
+    assert recorded == [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3]
+    assert counts.replayed == 6 + 1 + 1
 
 
 def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNamespace) -> None:
