@@ -44,15 +44,25 @@ class Context:
 class LayerCache:
     """The cache of one attention layer.
 
+    Parameters
+    ----------
+    plan : Plan
+    reach : int or None
+        Tokens that a query sees, itself the last, where attention is local: pages that no query will see any more are
+        forgotten, but for one page so that as many tokens can be cropped; None: all.
+
     Attributes
     ----------
     plan : Plan
+    reach : int or None
     window : Window
         The newest tokens.
     pools : list of Pool
         One a stage.
     where : list of int
-        The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on.
+        The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on. The first `forgotten` are
+        held no more, and have the stage that they had.
+    forgotten : int
     salience : list of float
         Of each page, as aging policies are told of it.
     exact : ExactTokens
@@ -61,8 +71,9 @@ class LayerCache:
         Batch, key-value heads and head_dim of what was written last.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, reach: int | None = None) -> None:
         self.plan = plan
+        self.reach = reach
         self.reset()
 
     def reset(self) -> None:
@@ -71,6 +82,7 @@ class LayerCache:
         self.window = Window(plan.dtype)
         self.pools = [Pool(plan.block_pages) for _ in plan.stages]
         self.where: list[int] = []
+        self.forgotten = 0
         self.salience: list[float] = []
         self.exact = ExactTokens(plan.dtype, plan.eight)
         self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
@@ -85,11 +97,11 @@ class LayerCache:
     def values(self) -> int:
         """Numbers that the tokens held have in keys and values together."""
         batch, heads, dim = self.shape or (0, 0, 0)
-        return 2 * batch * heads * dim * self.length
+        return 2 * batch * heads * dim * (self.length - self.forgotten * self.plan.page_size)
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Tokens written, those that are forgotten too."""
         return len(self.where) * self.plan.page_size + len(self.window)
 
     @property
@@ -193,18 +205,19 @@ class LayerCache:
         RangeError
             If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
         """
-        if not (born := self.due):
+        if not self.due:
             self.window.settle()
             return
-        known = known or Context()
+        self._forget()
+        known, born, first = known or Context(), self.due, self.forgotten
         facts = [stage.facts for stage in self.plan.stages]
-        stages = [*self.where, *[None] * born]
-        weights = [*self.salience, *self._salience(born, known)]
+        stages = [*self.where[first:], *[None] * born]
+        weights = [*self.salience[first:], *self._salience(born, known)]
         ages = range(len(stages) - 1, -1, -1)
         targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
         check_targets(stages, targets, len(facts))
         self._segments = None
-        moved = len(self.where)
+        moved = len(self.where) - first
         self._move(targets[:moved])
         for begin in range(moved, len(stages), self.plan.block_pages):
             end = min(begin + self.plan.block_pages, len(stages))
@@ -213,6 +226,24 @@ class LayerCache:
         self.window.settle()
         for pool in self.pools:
             pool.trim()
+
+    def _forget(self) -> None:
+        """Forget the pages that no later query sees, in the window too."""
+        size, held = self.plan.page_size, len(self.where)
+        gone = 0 if self.reach is None else min(held + self.due, (self.length - self.reach + 1) // size - 1)
+        if gone <= self.forgotten:
+            return
+        self._segments = None
+        for stage, pool in enumerate(self.pools):
+            pool.remove([page for page in range(self.forgotten, min(gone, held)) if self.where[page] == stage])
+        if gone > held:
+            self.window.drop((gone - held) * size)
+            self.where += [len(self.pools) - 1] * (gone - held)
+            self.salience += [0.0] * (gone - held)
+        self.exact.forget(gone * size)
+        for numbers in self.outliers.values():
+            numbers.forget(gone)
+        self.forgotten = gone
 
     def _salience(self, born: int, known: Context) -> list[float]:
         """Of pages that leave the window; 0 where the aging policy does not ask for it."""
@@ -224,7 +255,7 @@ class LayerCache:
     def _move(self, targets: Sequence[int]) -> None:
         """Encode held pages for the stages they go to, from what their present stage keeps."""
         routes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for page, (source, target) in enumerate(zip(self.where, targets, strict=True)):
+        for page, (source, target) in enumerate(zip(self.where[self.forgotten :], targets, strict=True), self.forgotten):
             if source != target:
                 routes[source, target].append(page)
         for (source, target), pages in sorted(routes.items(), reverse=True):
@@ -254,7 +285,7 @@ class LayerCache:
             if chosen is not None:
                 if kept is not None:
                     chosen &= ~kept.unsqueeze(-1)
-                self.outliers[role].add(x, chosen)
+                self.outliers[role].add(x, chosen, len(self.where))
             rests[role] = smooth(x, kept, chosen)
         for target in sorted(set(targets)):
             rows = [i for i, t in enumerate(targets) if t == target]
@@ -311,6 +342,9 @@ class LayerCache:
             self.reset()
             return
         size = self.plan.page_size
+        least = self.forgotten * size + (self.reach or 1) - 1
+        if self.forgotten and length < least:
+            raise ArgusError(f"crop to {length} tokens: allowed is 0 or {least} on, what comes before is forgotten")
         whole, rest = divmod(length, size)
         if length >= len(self.where) * size:
             self.window.crop(self.length - length)

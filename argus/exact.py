@@ -102,9 +102,19 @@ class ExactTokens:
 
     def crop(self, length: int) -> None:
         """Forget tokens from position `length` on."""
+        if self.positions is not None:
+            self._keep(self.positions < length)
+
+    def forget(self, position: int) -> None:
+        """Forget tokens before `position`."""
+        if self.positions is not None:
+            self._keep(self.positions >= position)
+
+    def _keep(self, kept: Tensor) -> None:
+        """Keep the places ``[B, H, T]`` that `kept` marks, where they hold a token."""
         if self.positions is None:
             return
-        positions = self.positions.masked_fill(self.positions >= length, EMPTY)
+        positions = self.positions.masked_fill(~kept, EMPTY)
         used = (positions != EMPTY).flatten(0, 1).any(0)
         held = (*self._held[:2], positions, *self._held[3:])
         self._held = tuple(x[:, :, used] for x in held) if bool(used.any()) else ()
@@ -146,6 +156,8 @@ class ExactNumbers:
 
     Attributes
     ----------
+    first : int
+        The first page that has rows.
     counts : Tensor
         ``[pages, B, H]`` int32, numbers a row.
     places : Tensor
@@ -156,31 +168,43 @@ class ExactNumbers:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.first = 0
         self.counts: Tensor | None = None
         self.places: Tensor | None = None
         self.numbers: Tensor | None = None
 
-    def add(self, pages: Tensor, chosen: Tensor) -> None:
-        """Keep the numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the next ``n`` pages."""
+    def add(self, pages: Tensor, chosen: Tensor, first: int) -> None:
+        """Keep the numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the ``n`` pages from `first` on, the next."""
         flat = chosen.flatten(-2)
         index = torch.int16 if flat.shape[-1] <= 1 << 15 else torch.int32
         counts = flat.sum(-1, dtype=torch.int32)
         places = flat.nonzero()[:, -1].to(index)
         numbers = pages.flatten(-2)[flat].to(self.dtype)
         if self.counts is None or self.places is None or self.numbers is None:
-            self.counts, self.places, self.numbers = counts, places, numbers
+            self.counts, self.places, self.numbers, self.first = counts, places, numbers, first
         else:
             self.counts = torch.cat([self.counts, counts])
             self.places = torch.cat([self.places, places])
             self.numbers = torch.cat([self.numbers, numbers])
 
     def crop(self, pages: int) -> None:
-        """Keep the first `pages` pages only."""
+        """Forget pages from `pages` on."""
+        self._keep(0, max(0, pages - self.first))
+
+    def forget(self, page: int) -> None:
+        """Forget pages before `page`."""
+        self._keep(max(0, page - self.first), None)
+        self.first = max(self.first, page)
+
+    def _keep(self, begin: int, end: int | None) -> None:
+        """Keep some of the pages that have rows, one after another."""
         if self.counts is None or self.places is None or self.numbers is None:
             return
-        self.counts = self.counts[:pages].clone()
-        kept = int(self.counts.sum())
-        self.places, self.numbers = self.places[:kept].clone(), self.numbers[:kept].clone()
+        before, kept = int(self.counts[:begin].sum()), int(self.counts[begin:end].sum())
+        self.counts = self.counts[begin:end].clone()
+        self.places, self.numbers = (x[before : before + kept].clone() for x in (self.places, self.numbers))
+        if not len(self.counts):
+            self.counts = self.places = self.numbers = None
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Indices into the numbers of `rows`, one row after another, and which of `rows` each belongs to."""
@@ -205,7 +229,7 @@ class ExactNumbers:
         if self.counts is None or self.places is None or self.numbers is None:
             return decoded
         _, batch, heads = self.counts.shape
-        wanted = torch.tensor(pages, device=decoded.device)
+        wanted = torch.tensor(pages, device=decoded.device) - self.first
         rows = (wanted.unsqueeze(-1) * batch * heads + torch.arange(batch * heads, device=decoded.device)).flatten()
         index, owner = self._rows(rows)
         size = decoded.shape[-1] * decoded.shape[-2]

@@ -36,7 +36,7 @@ def draw_strip(cache: ArgusCache, path: Path) -> None:
     figure = Figure(figsize=(12, 5))
     pages, marks = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for row, layer in enumerate(layers):
-        for page, stage in enumerate(layer.where):
+        for page, stage in enumerate(layer.where[layer.forgotten :], layer.forgotten):
             pages.broken_barh([(page * size, size)], (row, 1), facecolors=[palette[stage]], edgecolor="white", linewidth=0.2)
         pages.broken_barh([(layer.window.start, len(layer.window))], (row, 1), facecolors=WINDOW_COLOUR)
     pages.set_ylim(len(layers), 0)

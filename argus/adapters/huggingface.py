@@ -66,9 +66,9 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: Plan, transcript: Transcript) -> None:
+    def __init__(self, plan: Plan, transcript: Transcript, reach: int | None) -> None:
         super().__init__()
-        self.engine = LayerCache(plan)
+        self.engine = LayerCache(plan, reach)
         self.transcript = transcript
 
     @property
@@ -184,8 +184,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
         self.plan = plan or make_plan(model, tiers, tokenizer)
         activate(model)
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
-        self.steps = Steps() if self.plan.graphs and not known.local else None
-        super().__init__(layers=[ArgusLayer(self.plan, self.transcript) for _ in range(known.layers)])
+        self.steps = Steps() if self.plan.graphs and not any(known.reaches) else None
+        super().__init__(layers=[ArgusLayer(self.plan, self.transcript, reach) for reach in known.reaches])
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
         """Note what a forward pass is about to write."""
@@ -331,7 +331,7 @@ def make_plan(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None
     known = facts(model)
     text = TextFacts(line_ends(tokenizer) if tokenizer is not None and "lines" in config.anchors else ())
     plan = build(config, known.head_dim, known.dtype, known.device, text)
-    return meet(plan, config.budget, Shape(known.layers, known.heads, known.head_dim, known.dtype, known.device))
+    return meet(plan, config.budget, Shape(len(known.reaches), known.heads, known.head_dim, known.dtype, known.device))
 
 
 def patch_model_with_argus(

@@ -27,17 +27,16 @@ HANDLED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a cache needs to know of a model: its layers, key-value heads, and numbers a head.
+    """What a cache needs to know of a model: key-value heads, numbers a head, and layers.
 
-    ``local``: whether some layers attend to the newest tokens only.
+    ``reaches``: of each layer how many of the newest tokens a query sees, or None where it sees all.
     """
 
-    layers: int
+    reaches: tuple[int | None, ...]
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    local: bool = False
 
 
 def facts(model: Any) -> ModelFacts:
@@ -68,6 +67,13 @@ def facts(model: Any) -> ModelFacts:
         raise ModelError(f"model type '{kind}' cannot use ARGUS: {reason}; allowed are decoders that cache keys and values")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    local = bool(kinds or getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None))
-    return ModelFacts(text.num_hidden_layers, heads, head_dim, model.dtype, model.device, local)
+    return ModelFacts(reaches(text), heads, head_dim, model.dtype, model.device)
+
+
+def reaches(text: Any) -> tuple[int | None, ...]:
+    """Of each layer how many of the newest tokens a query sees, None: all; told as transformers' own cache is told."""
+    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * text.num_hidden_layers
+    return tuple({"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds)

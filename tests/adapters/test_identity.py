@@ -59,6 +59,8 @@ def test_generate(model, mode):
     assert torch.equal(found, expected)
     assert expected.unique().numel() > 8
     assert all(len(layer.engine.where) > 5 for layer in cache.layers)
+    # Local layers forget what no query sees any more.
+    assert all((layer.engine.forgotten > 5) == (layer.engine.reach is not None) for layer in cache.layers)
 
 
 def test_turns(model):
