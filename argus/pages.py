@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ WINDOW_STEP = 16
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step that is recorded and replayed finds its token's place in the window, on the device.
+    """What a step that is recorded and replayed finds on the device: its token's place in the window, and what it sees.
 
     Attributes
     ----------
@@ -155,10 +155,13 @@ class Place:
         int64 ``[1]``, its place.
     count : Tensor
         int32 ``[1]``, tokens held, it included.
+    masks : dict of int or None to Tensor
+        By a layer's reach, ``[B or 1, 1, 1, L]`` bool, which positions are seen; none where all that are held are.
     """
 
     index: Tensor
     count: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 class Window:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
@@ -31,10 +33,10 @@ FAMILIES = {
 }
 
 
-def tiny(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random model of `family` in float32, its weights large enough that greedy answers vary."""
+def tiny(family: str, seed: int = 0, **more: Any) -> torch.nn.Module:
+    """A random model of `family` in float32, its weights large enough that greedy answers vary; `more`: of its config."""
     name, options = FAMILIES[family]
-    config = getattr(transformers, name)(**SMALL, **options)
+    config = getattr(transformers, name)(**SMALL | options | more)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

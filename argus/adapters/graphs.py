@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
 """What a recorded step is given."""
 LEFT_OUT = frozenset({"attention_mask", "cache_position"})
-"""What it need not be given, since queries know their positions; but a mask that hides tokens has a place of its own."""
+"""What it is not given: queries know their positions, and masks that hide tokens have places of their own."""
 
 
 def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> tuple[Any, Any]:
@@ -136,8 +136,8 @@ class Steps:
         Whose step it is.
     graph, outputs
         What was recorded, and the outputs that each replay writes; None before.
-    mask : Tensor or None
-        ``[B, 1, 1, L]`` bool, which tokens may be seen, with room for all until pages move; None: all.
+    place : Place or None
+        Where each step finds what changes from step to step; None before.
     """
 
     def __init__(self) -> None:
@@ -153,15 +153,15 @@ class Steps:
         self.outputs: Any = None
         self.model: Any = None
         self.inputs: dict[str, Any] = {}
-        self.mask: Tensor | None = None
+        self.padded = False
         self.place: Place | None = None
         self.held: list[tuple[object, ...]] = []
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        held = [*self.inputs.values(), *(self.outputs or {}).values(), self.mask]
+        held = [*self.inputs.values(), *(self.outputs or {}).values()]
         if self.place is not None:
-            held += [self.place.index, self.place.count]
+            held += [self.place.index, self.place.count, *self.place.masks.values()]
         return [x for x in held if isinstance(x, Tensor)]
 
     def take(
@@ -191,7 +191,7 @@ class Steps:
         if mask is not None and mask.shape != (len(given["input_ids"]), layers[0].length + 1):
             return None
         begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
-        begun = begun and (mask is None) == (self.mask is None)
+        begun = begun and self.padded == (mask is not None)
         if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
         if not all(layer.room for layer in layers):
@@ -239,12 +239,11 @@ class Steps:
             layer.reserve()
         device = inputs["input_ids"].device
         index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-        self.place = Place(index, count)
+        shape = (1 if mask is None else len(mask), 1, 1, layers[0].length + layers[0].room)
+        hidden = {layer.reach for layer in layers if layer.reach is not None or mask is not None}
+        self.place = Place(index, count, {reach: torch.ones(shape, dtype=torch.bool, device=device) for reach in hidden})
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        if mask is not None:
-            whole = layers[0].length + layers[0].room
-            self.mask = torch.ones(len(mask), 1, 1, whole, dtype=torch.bool, device=device)
-        self.model = model
+        self.padded, self.model = mask is not None, model
         return True
 
     def _place(self, inputs: dict[str, Any], mask: Tensor | None, layers: Sequence[LayerCache]) -> None:
@@ -252,12 +251,14 @@ class Steps:
         for name, x in self.inputs.items():
             if isinstance(x, Tensor):
                 x.copy_(inputs[name])
-        if self.mask is not None and mask is not None:
-            self.mask[..., : mask.shape[1]] = mask[:, None, None]
-        index = len(layers[0].window)
+        index, length = len(layers[0].window), layers[0].length + 1
         if self.place is not None:
             self.place.index.fill_(index)
             self.place.count.fill_(index + 1)
+            for reach, seen in self.place.masks.items():
+                seen[..., :length] = True if mask is None else mask[:, None, None]
+                if reach is not None:
+                    seen[..., : max(0, length - reach)] = False
         for layer in layers:
             layer.window.advance(1)
 
@@ -266,8 +267,7 @@ class Steps:
         for layer in layers:
             layer.window.place = self.place
         try:
-            seen = {} if self.mask is None else {"attention_mask": self.mask}
-            return forward(**self.inputs, **seen, past_key_values=cache, use_cache=True)
+            return forward(**self.inputs, past_key_values=cache, use_cache=True)
         finally:
             for layer in layers:
                 layer.window.place = None

@@ -90,6 +90,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap, sinks = options.get("softcap"), options.get("s_aux")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         length, steps = self.engine.length, query.shape[2]
+        if self.engine.window.place is not None:
+            mask = self.engine.window.place.masks.get(self.engine.reach)
         plain = softcap is None and sinks is None and (mask is not None or steps in (1, length))
         parts = self.engine.window.parts()
         if plain and not self.engine.where and len(parts) == 1:
@@ -184,7 +186,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
         self.plan = plan or make_plan(model, tiers, tokenizer)
         activate(model)
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
-        self.steps = Steps() if self.plan.graphs and not any(known.reaches) else None
+        self.steps = Steps() if self.plan.graphs and not known.chunked else None
         super().__init__(layers=[ArgusLayer(self.plan, self.transcript, reach) for reach in known.reaches])
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:

@@ -29,7 +29,8 @@ HANDLED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 class ModelFacts:
     """What a cache needs to know of a model: key-value heads, numbers a head, and layers.
 
-    ``reaches``: of each layer how many of the newest tokens a query sees, or None where it sees all.
+    ``reaches``: of each layer how many of the newest tokens a query sees, or None where it sees all. ``chunked``: whether some
+    layers see tokens of a query's own chunk only, up to their reach.
     """
 
     reaches: tuple[int | None, ...]
@@ -37,6 +38,7 @@ class ModelFacts:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    chunked: bool = False
 
 
 def facts(model: Any) -> ModelFacts:
@@ -67,13 +69,10 @@ def facts(model: Any) -> ModelFacts:
         raise ModelError(f"model type '{kind}' cannot use ARGUS: {reason}; allowed are decoders that cache keys and values")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return ModelFacts(reaches(text), heads, head_dim, model.dtype, model.device)
-
-
-def reaches(text: Any) -> tuple[int | None, ...]:
-    """Of each layer how many of the newest tokens a query sees, None: all; told as transformers' own cache is told."""
+    # As transformers tells its own cache.
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * text.num_hidden_layers
-    return tuple({"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds)
+    reaches = tuple({"sliding_attention": window, "chunked_attention": chunk}.get(layer) for layer in kinds)
+    return ModelFacts(reaches, heads, head_dim, model.dtype, model.device, "chunked_attention" in kinds)

@@ -286,10 +286,34 @@ def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts
     assert model.forward is forward
 
 
-def test_models_with_local_layers_are_not_recorded() -> None:
-    local = tiny("mistral")
-    assert ArgusCache(local, "int4").steps is None
+@pytest.mark.parametrize("pad", [(0, 0), (37, 0)])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+def test_layers_of_a_sliding_window(counts: SimpleNamespace, family: str, pad: tuple[int, int]) -> None:
+    """Each step sees its own newest tokens; pages that are seen no more are forgotten."""
+    local = tiny(family, head_dim=64, hidden_size=64, sliding_window=40).to(DEVICE, torch.float16 if CUDA else torch.float32)
+    # Codes differ where numbers differ in their last bit; exact pages do not.
+    caches = both(local, ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])])
+    for cache in caches:
+        feed(local, cache, ids(90), attention_mask=padded(90, *pad))
+    for i in range(40):
+        mask = padded(91 + i, *pad)
+        got, want = (feed(local, cache, ids(1, seed=i), attention_mask=mask) for cache in caches)
+        close(got, want)
+    if family != "gpt_oss" or not CUDA:
+        assert counts.replayed > 30
+    assert any(layer.engine.forgotten for layer in caches[0].layers)
+    for cache in caches:
+        cache.crop(-3)
+    close(*(feed(local, cache, ids(1), attention_mask=padded(128, *pad)) for cache in caches))
     unpatch(local)
+
+
+def test_models_with_chunks_are_not_recorded(model: Any) -> None:
+    model.config.layer_types = ["chunked_attention"] * 3
+    model.config.attention_chunk_size = 16
+    cache = ArgusCache(model, "int4")
+    assert cache.steps is None
+    assert [layer.engine.reach for layer in cache.layers] == [16] * 3
 
 
 def test_the_model_gets_its_forward_back(model: Any) -> None:
