@@ -78,7 +78,7 @@ def plain_step(model: Any, given: dict[str, Any]) -> bool:
     return mask is None or mask.dim() == 2
 
 
-def hiding(given: dict[str, Any]) -> Tensor | None:
+def hidden(given: dict[str, Any]) -> Tensor | None:
     """The mask ``[B, L]`` of a step that hides tokens, such as padding; waits for the device."""
     mask: Tensor | None = given.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
@@ -187,7 +187,7 @@ class Steps:
         """
         if not self.wanted or not layers[0].where or not plain_step(model, given):
             return None
-        inputs, mask = self._inputs(given, layers[0].length), hiding(given)
+        inputs, mask = self._inputs(given, layers[0].length), hidden(given)
         if mask is not None and mask.shape != (len(given["input_ids"]), layers[0].length + 1):
             return None
         begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
@@ -239,9 +239,10 @@ class Steps:
             layer.reserve()
         device = inputs["input_ids"].device
         index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-        shape = (1 if mask is None else len(mask), 1, 1, layers[0].length + layers[0].room)
-        hidden = {layer.reach for layer in layers if layer.reach is not None or mask is not None}
-        self.place = Place(index, count, {reach: torch.ones(shape, dtype=torch.bool, device=device) for reach in hidden})
+        whole, rows = layers[0].length + layers[0].room, 1 if mask is None else len(mask)
+        hiding = {layer.reach for layer in layers if mask is not None or (layer.reach or whole) < whole}
+        seen = {reach: torch.ones(rows, 1, 1, whole, dtype=torch.bool, device=device) for reach in hiding}
+        self.place = Place(index, count, seen)
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         self.padded, self.model = mask is not None, model
         return True

@@ -22,6 +22,7 @@ from tests.models import SMALL, tiny
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.float16 if CUDA else torch.float32
 LADDERS = {
     "int4": ["tiers=int4", "tiers.page_size=64", "tiers.window=16"],
     "ladder": [
@@ -30,6 +31,8 @@ LADDERS = {
     ],
     "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
 }  # fmt: skip
+EXACT = ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])]
+"""Codes differ where numbers differ in their last bit; exact pages do not."""
 
 
 class Again:
@@ -73,7 +76,7 @@ def model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | {"head_dim": 64, "hidden_size": 64}))
-    made = made.to(DEVICE, torch.float16 if CUDA else torch.float32).eval().requires_grad_(False)
+    made = made.to(DEVICE, DTYPE).eval().requires_grad_(False)
     for weight in made.parameters():
         weight.mul_(2.0)
     yield made
@@ -290,9 +293,8 @@ def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
 def test_layers_of_a_sliding_window(counts: SimpleNamespace, family: str, pad: tuple[int, int]) -> None:
     """Each step sees its own newest tokens; pages that are seen no more are forgotten."""
-    local = tiny(family, head_dim=64, hidden_size=64, sliding_window=40).to(DEVICE, torch.float16 if CUDA else torch.float32)
-    # Codes differ where numbers differ in their last bit; exact pages do not.
-    caches = both(local, ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])])
+    local = tiny(family, head_dim=64, hidden_size=64, sliding_window=40).to(DEVICE, DTYPE)
+    caches = both(local, EXACT)
     for cache in caches:
         feed(local, cache, ids(90), attention_mask=padded(90, *pad))
     for i in range(40):
@@ -305,6 +307,19 @@ def test_layers_of_a_sliding_window(counts: SimpleNamespace, family: str, pad: t
     for cache in caches:
         cache.crop(-3)
     close(*(feed(local, cache, ids(1), attention_mask=padded(128, *pad)) for cache in caches))
+    unpatch(local)
+
+
+def test_a_window_that_all_tokens_fit_needs_no_mask(counts: SimpleNamespace) -> None:
+    local = tiny("mistral", head_dim=64, hidden_size=64, sliding_window=200).to(DEVICE, DTYPE)
+    [recorded, launched] = both(local, EXACT, 90)
+    one_by_one(local, [recorded, launched], ids(4))
+    assert counts.replayed == 3
+    assert recorded.steps.place.masks == {}
+    for cache in (recorded, launched):
+        feed(local, cache, ids(110))
+    one_by_one(local, [recorded, launched], ids(3))
+    assert list(recorded.steps.place.masks) == [200]
     unpatch(local)
 
 
