@@ -3,8 +3,9 @@
 A Llama of a few layers of Llama-3-8B's shape with random weights; its cache is filled with random keys and values, then it
 decodes one token at a time, as ``model.generate`` does. ARGUS records its steps as CUDA graphs; FP16 is taken launched from
 Python, with the attention kernel that PyTorch chooses and with Flash, and recorded too, over transformers' static cache, which
-masks the room that it has left. Run from the repository root:
-``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4]``.
+masks the room that it has left. With `--padding` so many tokens of the first row are padding, as in a batch of prompts of two
+lengths; FP16 is then taken with what PyTorch chooses. Run from the repository root:
+``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4] [--padding 1000]``.
 """
 
 from __future__ import annotations
@@ -77,10 +78,14 @@ def plain(cache: Cache, batch: int, context: int, layers: int, device: str) -> C
 
 
 @torch.no_grad()
-def next_step(model: Any, cache: Cache, ids: Tensor, context: int, number: int) -> Tensor:
-    """Logits of one more token after `context` and `number` of them."""
+def next_step(model: Any, cache: Cache, ids: Tensor, context: int, padding: int, number: int) -> Tensor:
+    """Logits of one more token after `context` and `number` of them, `padding` of which the first row does not see."""
     positions = torch.full_like(ids, context + number)
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+    given: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": True}
+    if padding:
+        given["attention_mask"] = torch.ones(len(ids), context + number + 1, dtype=torch.long, device=ids.device)
+        given["attention_mask"][0, :padding] = 0
+    logits: Tensor = model(**given, past_key_values=cache).logits
     return logits
 
 
@@ -105,19 +110,20 @@ def milliseconds(call: Callable[[int], object], device: str, steps: int) -> Step
     return Steps(statistics.median(kept), kept[len(kept) // 10])
 
 
-def fp16_times(model: Any, batch: int, context: int, steps: int) -> dict[str, Steps]:
-    """Milliseconds a step with the caches of transformers: launched from Python, and recorded."""
+def fp16_times(model: Any, batch: int, context: int, padding: int, steps: int) -> dict[str, Steps]:
+    """Milliseconds a step with the caches of transformers: launched from Python, and recorded where there is no padding."""
     device = str(model.device.type)
     layers = model.config.num_hidden_layers
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
     times = {}
-    for name, kernel in (("chosen", nullcontext()), ("flash", sdpa_kernel(SDPBackend.FLASH_ATTENTION))):
+    flash = () if padding else (("flash", sdpa_kernel(SDPBackend.FLASH_ATTENTION)),)
+    for name, kernel in (("chosen", nullcontext()), *flash):
         cache = plain(DynamicCache(), batch, context, layers, device)
         with kernel:
-            times[name] = milliseconds(partial(next_step, model, cache, ids, context), device, steps)
-    if device == "cuda":
+            times[name] = milliseconds(partial(next_step, model, cache, ids, context, padding), device, steps)
+    if device == "cuda" and not padding:
         static = StaticCache(config=model.config, max_cache_len=context + 2 * steps)
-        step = partial(next_step, model, plain(static, batch, context, layers, device), ids, context)
+        step = partial(next_step, model, plain(static, batch, context, layers, device), ids, context, 0)
         step(0)
         graph, _ = capture(partial(step, 1))
         times["recorded"] = milliseconds(lambda _: graph.replay(), device, steps)
@@ -134,16 +140,18 @@ def difference(one: ArgusCache, other: ArgusCache, batch: int, heads: int) -> fl
     return largest
 
 
-def apart(model: Any, caches: tuple[ArgusCache, ArgusCache], ids: Tensor, context: int) -> float:
+def apart(model: Any, caches: tuple[ArgusCache, ArgusCache], ids: Tensor, context: int, padding: int) -> float:
     """The largest relative difference between logits of the same few steps, recorded and launched: also of a replayed one."""
     largest = 0.0
     for number in range(FIRST):
-        one, other = (next_step(model, cache, ids, context, number).double() for cache in caches)
+        one, other = (next_step(model, cache, ids, context, padding, number).double() for cache in caches)
         largest = max(largest, float((one - other).norm() / other.norm()))
     return largest
 
 
-def row(model: Any, ladder: str, batch: int, context: int, steps: int, fp16: Steps, backend: str) -> dict[str, Any]:
+def row(
+    model: Any, ladder: str, batch: int, context: int, padding: int, steps: int, fp16: Steps, backend: str
+) -> dict[str, Any]:
     """One row; raises if attention differs from that with ``backend=cpu`` on the same device, or recorded steps from others."""
     device = str(model.device.type)
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
@@ -153,11 +161,11 @@ def row(model: Any, ladder: str, batch: int, context: int, steps: int, fp16: Ste
         raise SystemExit(f"{ladder} {batch} x {context}: relative error {wrong:.2e} > {common.BOUND:g}; no time is told")
     ledger = cache.ledger()
     launched = compressed(model, ladder, batch, context, backend, "graphs=false")
-    different = apart(model, (cache, launched), ids, context)
+    different = apart(model, (cache, launched), ids, context, padding)
     if not different <= ALIKE:
         raise SystemExit(f"{ladder} {batch} x {context}: recorded steps differ by {different:.2e} > {ALIKE:g}; no time is told")
     taken, taken_launched = (
-        milliseconds(partial(next_step, model, one, ids, context + FIRST), device, steps) for one in (cache, launched)
+        milliseconds(partial(next_step, model, one, ids, context + FIRST, padding), device, steps) for one in (cache, launched)
     )
     return {
         "ladder": ladder,
@@ -180,6 +188,7 @@ def main() -> None:
     parser.add_argument("--ladders", nargs="+", default=["exact", "int8", "int4", "int2", "quality", "default"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--padding", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -189,21 +198,22 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     tried: dict[str, dict[str, float]] = {}
     for batch, context in (tuple(int(size) for size in shape.split("x")) for shape in options.shapes):
-        every = fp16_times(model, batch, context, options.steps)
+        every = fp16_times(model, batch, context, options.padding, options.steps)
         tried[f"{batch}x{context}"] = {name: time.median for name, time in every.items()}
         fp16 = min(every.values())
         told = ", ".join(f"{name} {time.median:.2f} ms" for name, time in every.items())
         print(f"{batch} x {context}: FP16 a step of {options.layers} layers: {told}")
         for ladder in options.ladders:
             gc.collect()
-            rows.append(row(model, ladder, batch, context, options.steps, fp16, options.backend))
+            rows.append(row(model, ladder, batch, context, options.padding, options.steps, fp16, options.backend))
             one = rows[-1]
             print(
                 f"  {ladder:8s} {one['ms'][0]:8.2f} ms  {one['times_fp16'][0]:5.2f} x FP16 (least {one['times_fp16'][1]:5.2f})"
                 f"  launched {one['launched_ms'][0]:8.2f} ms  {one['times_fewer_bytes']:5.2f} x fewer bytes",
                 flush=True,
             )
-    common.keep("decode_model", options.out, {"layers": options.layers, "steps": options.steps, "fp16": tried}, rows)
+    facts = {"layers": options.layers, "steps": options.steps, "padding": options.padding, "fp16": tried}
+    common.keep("decode_model", options.out, facts, rows)
 
 
 if __name__ == "__main__":
