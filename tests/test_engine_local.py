@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from argus.engine import Context, LayerCache
 from argus.errors import ArgusError
 from argus.ledger import measure
-from tests.conftest import DIM, HEADS, ask, dense_attention, grow, make_layer, queries, tokens
+from argus.tiers.base import ROLES
+from tests.conftest import DIM, HEADS, ask, dense_attention, grow, make_layer, queries, reachable, tokens, unique_bytes
 from tests.test_engine import LADDERS
+from tests.test_engine_machine import LONGEST, RUN
 
 FEW = {"policy": "topk", "share": 0.05}
 SAME = {name: LADDERS[name] for name in ("exact", "seven", "one page a block", "outliers")}
@@ -120,3 +124,83 @@ def test_a_page_of_tokens_can_be_cropped(name: str) -> None:
     assert (layer.length, layer.forgotten) == (0, 0)
     grow(layer, *tokens(3, 40))
     assert layer.length == 40
+
+
+class LocalMachine(RuleBasedStateMachine):
+    """Whatever is written, cropped and selected: a local layer answers as one that keeps everything."""
+
+    @initialize(name=st.sampled_from(sorted(SAME)), reach=st.integers(1, 70), seed=st.integers(0, 10**6))
+    def begin(self, name: str, reach: int, seed: int) -> None:
+        self.layers = pair(reach, **SAME[name])
+        self.reach, self.seed, self.batch = reach, seed * 1000, 2
+
+    @property
+    def least(self) -> int:
+        """Tokens that are left at least after a crop."""
+        local = self.layers[0]
+        return local.forgotten * local.plan.page_size + self.reach - 1 if local.forgotten else 0
+
+    def fresh(self) -> int:
+        self.seed += 1
+        return self.seed
+
+    @rule(chunk=st.sampled_from([1, 2, 7, 8, 16, 29, 64, 96]), ageing=st.booleans())
+    def write(self, chunk: int, ageing: bool) -> None:
+        if self.layers[0].length + chunk > LONGEST:
+            return
+        written = tokens(self.fresh(), chunk, self.batch)
+        for layer in self.layers:
+            layer.write(*written)
+            if ageing:
+                layer.age()
+
+    @rule(steps=st.integers(2, 40))
+    def write_one_by_one(self, steps: int) -> None:
+        for _ in range(steps):
+            self.write(1, True)
+
+    @precondition(lambda self: self.layers[0].length)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        length = self.least + round(share * (self.layers[0].length - self.least))
+        for layer in self.layers:
+            layer.crop(length)
+
+    @precondition(lambda self: self.layers[0].length)
+    @rule(rows=st.lists(st.integers(0, 1), min_size=1, max_size=3))
+    def select(self, rows: list[int]) -> None:
+        rows = [min(row, self.batch - 1) for row in rows]
+        for layer in self.layers:
+            layer.select(torch.tensor(rows))
+        self.batch = len(rows)
+
+    @precondition(lambda self: self.layers[0].length)
+    @rule(steps=st.integers(1, 9))
+    def attend(self, steps: int) -> None:
+        # Of what has been forgotten tokens that come see nothing; earlier ones may have.
+        local = self.layers[0]
+        steps = min(steps, local.length - self.least)
+        if steps < 1:
+            return
+        q, mask = queries(self.fresh(), steps, self.batch), local_mask(local.length, steps, self.reach)
+        torch.testing.assert_close(*(ask(layer, q, mask=mask) for layer in self.layers), rtol=1e-5, atol=1e-5)
+
+    @invariant()
+    def holds_what_may_be_seen(self) -> None:
+        local, whole = self.layers
+        size = local.plan.page_size
+        assert (local.length, local.window.start) == (whole.length, whole.window.start)
+        assert local.where[local.forgotten :] == whole.where[local.forgotten :]
+        for stage, pool in enumerate(local.pools):
+            held = [page for page, place in enumerate(local.where) if place == stage and page >= local.forgotten]
+            assert sorted(pool.pages) == held
+        if local.exact.positions is not None:
+            positions = local.exact.positions
+            assert bool(((positions == -1) | (positions >= local.forgotten * size)).all())
+        tiers = [stage.tier(role) for stage in local.plan.stages for role in ROLES]
+        held = measure(local.tensors(), local.values)
+        assert held.bytes == unique_bytes(list(reachable(local, skip=[local.plan, *tiers])))
+
+
+LocalMachine.TestCase.settings = RUN
+TestLocal = LocalMachine.TestCase
