@@ -142,21 +142,26 @@ def chosen(seed: int, shape: tuple[int, ...], share: float) -> Tensor:
 @RUN
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]), data=st.data())
 def test_exact_numbers_come_back(seed, share, data):
-    """Numbers of pages added one block after another, cropped and selected, are written where they were."""
+    """Numbers of pages added one block after another, cropped, forgotten and selected, are written where they were."""
+    first = 0
     numbers, batch, heads, size, dim = ExactNumbers(torch.float32), 2, 3, 4, 5
     pages, marks = torch.zeros(0, batch, heads, size, dim), torch.zeros(0, batch, heads, size, dim, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for step in range(data.draw(st.integers(1, 8))):
-        what = data.draw(st.sampled_from(["add", "add", "crop", "select"]))
+        what = data.draw(st.sampled_from(["add", "add", "crop", "forget", "select"]))
         if what == "add":
             new = torch.randn(data.draw(st.integers(1, 3)), pages.shape[1], heads, size, dim, generator=generator)
             mark = chosen(seed + step, new.shape, share)
-            numbers.add(new, mark)
+            numbers.add(new, mark, first + len(pages))
             pages, marks = torch.cat([pages, new]), torch.cat([marks, mark])
         elif what == "crop":
             keep = data.draw(st.integers(0, len(pages)))
-            numbers.crop(keep)
+            numbers.crop(first + keep)
             pages, marks = pages[:keep], marks[:keep]
+        elif what == "forget":
+            gone = data.draw(st.integers(0, len(pages) + 2))
+            numbers.forget(first + gone)
+            pages, marks, first = pages[gone:], marks[gone:], first + gone
         else:
             rows = torch.tensor(data.draw(st.lists(st.integers(0, pages.shape[1] - 1), min_size=1, max_size=3)))
             if len(pages) or numbers.counts is not None:
@@ -165,7 +170,7 @@ def test_exact_numbers_come_back(seed, share, data):
         if not len(pages):
             continue
         asked = data.draw(st.lists(st.integers(0, len(pages) - 1), min_size=1, max_size=4))
-        found = numbers.write(torch.full_like(pages[asked], 7.0), asked)
+        found = numbers.write(torch.full_like(pages[asked], 7.0), [first + page for page in asked])
         assert torch.equal(found, torch.where(marks[asked], pages[asked], 7.0))
         kept = int(marks.sum())
         assert total_bytes(numbers.tensors()) == kept * (4 + 2) + marks[..., 0, 0].numel() * 4
@@ -174,13 +179,13 @@ def test_exact_numbers_come_back(seed, share, data):
 @RUN
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_exact_tokens_come_back(seed, data):
-    """Tokens marked in each row and head apart are written where they were, after crops and selections."""
+    """Tokens marked in each row and head apart are written where they were, after crops and selections; some are forgotten."""
     exact, batch, heads, size, dim = ExactTokens(torch.float32), 2, 2, 4, 3
     held = torch.zeros(2, batch, heads, 0, dim)
     marks = torch.zeros(batch, heads, 0, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for step in range(data.draw(st.integers(1, 8))):
-        what = data.draw(st.sampled_from(["add", "add", "crop", "select"]))
+        what = data.draw(st.sampled_from(["add", "add", "crop", "forget", "select"]))
         if what == "add":
             n = data.draw(st.integers(1, 3))
             new = torch.randn(2, n, batch, heads, size, dim, generator=generator)
@@ -192,6 +197,10 @@ def test_exact_tokens_come_back(seed, data):
             keep = data.draw(st.integers(0, marks.shape[2] // size)) * size
             exact.crop(keep)
             held, marks = held[:, :, :, :keep], marks[:, :, :keep]
+        elif what == "forget":
+            gone = data.draw(st.integers(0, marks.shape[2] // size)) * size
+            exact.forget(gone)
+            marks[:, :, :gone] = False
         elif what == "select":
             rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3)))
             exact.select(rows)
