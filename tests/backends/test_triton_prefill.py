@@ -20,7 +20,7 @@ import triton.language as tl  # noqa: E402
 from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Loaded, Patch, Plain, Segment  # noqa: E402
 from argus.backends.cpu import CpuBackend  # noqa: E402
-from argus.backends.triton import prefill, stage, staging  # noqa: E402
+from argus.backends.triton import expand, prefill, staging  # noqa: E402
 from argus.backends.triton.sight import Sight, Sights, survey  # noqa: E402
 from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
@@ -100,8 +100,8 @@ def test_projected_pages(monkeypatch: pytest.MonkeyPatch, inner: str, ratio: int
     """One kernel reads coefficients and writes tokens; forms that decode steps cannot read are decoded by the tier."""
     case = chunk(Plain(), Plain(), counts=(), dim=dim, page=page)
     decoded: list[int] = []
-    write = stage._stage_decoded
-    monkeypatch.setattr(stage, "_stage_decoded", lambda *args: decoded.append(1) or write(*args))
+    write = expand._expand_decoded
+    monkeypatch.setattr(expand, "_expand_decoded", lambda *args: decoded.append(1) or write(*args))
     tiers = [KeptProjection(case.backend, FORMS[inner], unbiased, ratio) for unbiased in (True, False)]
     keys, values = (tier.encode(case.random(2, 1, 2, page, dim)) for tier in tiers)
     case.segments = [Segment(*tiers, keys, values, torch.arange(2, device=DEVICE) * page, 2 * page - 1, page)]
@@ -242,7 +242,7 @@ def test_what_no_kernel_reads_is_decoded(monkeypatch: pytest.MonkeyPatch, tight:
     if tight:
         page = 2 * 64 * 64 * 4
         monkeypatch.setattr(staging, "BLOCK", 2 * page)
-        monkeypatch.setattr(stage, "DECODED", page)
+        monkeypatch.setattr(expand, "DECODED", page)
     unknown = SimpleNamespace(form=lambda role: None, decode=decode)
     case.segments[0] = replace(case.segments[0], key_tier=unknown)
     plain = case.backend.attend(case.query, case.segments, case.dense)
@@ -295,9 +295,9 @@ def test_blocks_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_no_row_sees_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     case = chunk(*INT4, counts=(1, 1, 1, 1), exact=False, steps=16)
     staged: list[int] = []
-    write = staging.stage
+    write = staging.expand
     tell = lambda pieces: staged.extend(piece.segment.first for piece in pieces)  # noqa: E731
-    monkeypatch.setattr(staging, "stage", lambda pieces, role, out: tell(pieces) or write(pieces, role, out))
+    monkeypatch.setattr(staging, "expand", lambda pieces, role, out: tell(pieces) or write(pieces, role, out))
     begin = case.length - 16
     seen = torch.ones(1, 1, 16, case.length, dtype=torch.bool, device=DEVICE).tril(begin).triu(begin - 100)
     case.check(replace(case.query, mask=seen))
@@ -314,13 +314,13 @@ def test_slabs_of_a_stage_are_written_out_at_once(monkeypatch: pytest.MonkeyPatc
     if patched:
         case.segments[1] = replace(case.segments[1], patch=Negated([2, 3, 4]))
     groups: list[tuple[str, int]] = []
-    write = staging.stage
+    write = staging.expand
 
-    def told(pieces: list[stage.Piece], role: str, out: torch.Tensor) -> int:
+    def told(pieces: list[expand.Piece], role: str, out: torch.Tensor) -> int:
         groups.append((role, sum(piece.count for piece in pieces)))
         return write(pieces, role, out)
 
-    monkeypatch.setattr(staging, "stage", told)
+    monkeypatch.setattr(staging, "expand", told)
     monkeypatch.setattr(staging, "BLOCK", 4 * 4 * case.heads * case.page * 64)
     found = case.backend.attend(case.query, case.segments, case.dense).double()
     assert [count for role, count in groups if role == "keys"] == ([2, 2, 1, 3] if patched else [4, 4])

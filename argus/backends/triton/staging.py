@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from argus.backends.base import Dense, Segment
+from argus.backends.triton.expand import Piece, expand, joined
 from argus.backends.triton.sight import Sight
-from argus.backends.triton.stage import Piece, joined, stage
 from argus.backends.triton.tables import Pages
 
 BLOCK = 64 << 20
@@ -91,7 +91,7 @@ class Room:
             for group in joined(block):
                 count = sum(piece.count for piece in group)
                 for place, role in enumerate(("keys", "values")):
-                    more = stage(group, role, held[place, done : done + count])
+                    more = expand(group, role, held[place, done : done + count])
                     self.bytes = max(self.bytes, held.numel() * 2 + more)
                 done += count
             marks = [

@@ -35,7 +35,7 @@ def _at(row_of, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _stage_kernel(
+def _expand_kernel(
     table_ptr, own, out_ptr,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr, FIELDS: tl.constexpr, ALIGNED: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -56,7 +56,7 @@ def _stage_kernel(
 
 
 @triton.jit
-def _stage_projected_kernel(
+def _expand_projected_kernel(
     table_ptr, own, out_ptr, matrix_ptr, factor,
     R: tl.constexpr, MEAN: tl.constexpr,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr, FIELDS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -113,22 +113,22 @@ def joined(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def stage(pieces: Sequence[Piece], role: Role, out: Tensor) -> int:
+def expand(pieces: Sequence[Piece], role: Role, out: Tensor) -> int:
     """Decode one role of a group of pieces into ``out [n, B, H, P, D]`` float16, and tell the bytes that this took beside."""
     run = pieces[0].run
     form = None if run is None else run.key_form if role == "keys" else run.value_form
     if run is None or forms.rotates(form):
         used = done = 0
         for piece in pieces:
-            used = max(used, _stage_decoded(piece, role, out[done : done + piece.count]))
+            used = max(used, _expand_decoded(piece, role, out[done : done + piece.count]))
             done += piece.count
         return used
     pages, batch, heads, page, dim = out.shape
     payload, where = (run.keys, 0) if role == "keys" else (run.values, len(NAMES))
     arguments = [run.table[pieces[0].place :].view(-1)[where:], forms.own(form, out), out]
-    tokens, kernel, rows, inner = 32, _stage_kernel, page, form
+    tokens, kernel, rows, inner = 32, _expand_kernel, page, form
     if isinstance(form, Projected):
-        tokens, kernel, rows, inner = 64, _stage_projected_kernel, page // form.ratio, form.inner
+        tokens, kernel, rows, inner = 64, _expand_projected_kernel, page // form.ratio, form.inner
         # Means are told behind both roles' tensors and the marks.
         mean = 2 * len(NAMES) + 1 + (role == "values") - where
         arguments += [form.matrix(page, out), form.factor(page), rows, mean]
@@ -141,7 +141,7 @@ def stage(pieces: Sequence[Piece], role: Role, out: Tensor) -> int:
     return 0
 
 
-def _stage_decoded(piece: Piece, role: Role, out: Tensor) -> int:
+def _expand_decoded(piece: Piece, role: Role, out: Tensor) -> int:
     step = max(1, DECODED // (4 * out[0].numel()))
     for begin in range(0, piece.count, step):
         end = min(begin + step, piece.count)
