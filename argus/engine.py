@@ -15,7 +15,7 @@ from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
 from argus.pages import Pool, Slab, Window, smooth, to_pages
 from argus.plan import Plan, Stage
-from argus.policies.base import NewPages, PageFacts, salience
+from argus.policies.base import NewPages, PageFacts, check_targets, salience
 from argus.tiers.base import ROLES, Role, gate
 
 EXACT = "exact"
@@ -391,14 +391,6 @@ class LayerCache:
             yield "window", tensor
         for segment in self._segments or ():
             yield "index", segment.positions
-
-
-def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int) -> None:
-    """Raise :class:`ArgusError` if an aging policy's answer is no stage or would move a page back."""
-    for page, (stage, target) in enumerate(zip(stages, targets, strict=True)):
-        if not (stage or 0) <= target < count:
-            allowed = f"{stage or 0} to {count - 1}"
-            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {allowed}")
 
 
 def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from argus.engine import LayerCache, check_targets
+from argus.engine import LayerCache
 from argus.errors import ArgusError
 from argus.hookspecs import hookimpl
-from argus.policies.base import Aging, PageFacts, StageFacts
+from argus.policies.base import Aging, PageFacts, StageFacts, check_targets
 from argus.tiers.fp16 import Fp16
 from tests.conftest import ask, config, contents, grow, make_layer, make_plan, queries, tokens
 

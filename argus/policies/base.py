@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from argus.errors import ArgusError
+
 RECENT = 32
 """Query tokens of a call that policies are told of, at most."""
 
@@ -148,6 +150,14 @@ class Outliers(ABC):
     @abstractmethod
     def choose(self, x: Tensor, role: str) -> Tensor | None:
         """Numbers of pages ``[n, B, H, P, D]`` to keep exact, bool of that shape; None: none, ever."""
+
+
+def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int) -> None:
+    """Raise :class:`ArgusError` if an aging policy's answer is no stage or would move a page back."""
+    for page, (stage, target) in enumerate(zip(stages, targets, strict=True)):
+        if not (stage or 0) <= target < count:
+            allowed = f"{stage or 0} to {count - 1}"
+            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {allowed}")
 
 
 def salience(keys: Tensor, queries: Tensor) -> list[float]:
