@@ -349,7 +349,15 @@ def test_a_mask_is_surveyed_once() -> None:
     query = Query(torch.zeros(1, 1, 3, 4), 7, 3, mask)
     first = sights.of(query)
     assert sights.of(replace(query, start=6)) is first
-    assert sights.of(replace(query, mask=mask.tril(7))) == Sight(0, 9, 0, 7)
+    others = [mask.tril(place) for place in (7, 6)]
+    second = sights.of(replace(query, mask=others[0]))
+    assert second == Sight(0, 9, 0, 7)
+    # Two masks that layers take in turn are both kept; a third takes the place of the older one.
+    assert sights.of(query) is first
+    assert sights.of(replace(query, mask=others[0])) is second
+    assert sights.of(replace(query, mask=others[1])) == Sight(0, 8, 0, 6)
+    assert sights.of(replace(query, mask=others[0])) is second
+    assert sights.of(query) is not first
 
 
 def test_sight_cuts_consecutive_tokens() -> None:

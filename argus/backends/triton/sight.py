@@ -55,12 +55,15 @@ def survey(mask: Tensor) -> Sight:
     return Sight(seen[0], seen[-1], int(edges[longest]) + 1, int(edges[longest + 1]) - 1)
 
 
+KINDS = 2
+"""Masks of a call: those of layers that see all tokens, and those of layers that see the newest."""
+
+
 class Sights:
-    """The sight of a call; a mask that all layers of a model share is surveyed once."""
+    """The sight of a call; a mask that layers of a model share is surveyed once."""
 
     def __init__(self) -> None:
-        self._mask: weakref.ref[Tensor] | None = None
-        self._sight: Sight | None = None
+        self._kept: list[tuple[weakref.ref[Tensor], Sight]] = []
 
     def of(self, query: Query) -> Sight:
         """The sight of `query`'s rows."""
@@ -68,6 +71,8 @@ class Sights:
             return Sight(0, query.start + query.length - 1, 0, query.start)
         if query.mask.is_cuda and torch.cuda.is_current_stream_capturing():
             return Sight(0, sys.maxsize, 0, -1)
-        if self._sight is None or self._mask is None or self._mask() is not query.mask:
-            self._mask, self._sight = weakref.ref(query.mask), survey(query.mask)
-        return self._sight
+        for mask, sight in self._kept:
+            if mask() is query.mask:
+                return sight
+        self._kept = [*self._kept[1 - KINDS :], (weakref.ref(query.mask), survey(query.mask))]
+        return self._kept[-1][1]
