@@ -60,9 +60,10 @@ class LayerCache:
     pools : list of Pool
         One a stage.
     where : list of int
-        The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on. The first `forgotten` are
-        held no more, and have the stage that they had.
+        The stage of each page, oldest page first; page ``i`` holds positions ``i * page_size`` on. What it says of pages
+        that are forgotten means nothing.
     forgotten : int
+        How many of the oldest pages are held no more.
     salience : list of float
         Of each page, as aging policies are told of it.
     exact : ExactTokens
@@ -215,7 +216,7 @@ class LayerCache:
         weights = [*self.salience[first:], *self._salience(born, known)]
         ages = range(len(stages) - 1, -1, -1)
         targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
-        check_targets(stages, targets, len(facts))
+        check_targets(stages, targets, len(facts), first)
         self._segments = None
         moved = len(self.where) - first
         self._move(targets[:moved])

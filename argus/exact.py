@@ -103,18 +103,15 @@ class ExactTokens:
     def crop(self, length: int) -> None:
         """Forget tokens from position `length` on."""
         if self.positions is not None:
-            self._keep(self.positions < length)
+            self._keep(self.positions.masked_fill(self.positions >= length, EMPTY))
 
     def forget(self, position: int) -> None:
         """Forget tokens before `position`."""
         if self.positions is not None:
-            self._keep(self.positions >= position)
+            self._keep(self.positions.masked_fill(self.positions < position, EMPTY))
 
-    def _keep(self, kept: Tensor) -> None:
-        """Keep the places ``[B, H, T]`` that `kept` marks, where they hold a token."""
-        if self.positions is None:
-            return
-        positions = self.positions.masked_fill(~kept, EMPTY)
+    def _keep(self, positions: Tensor) -> None:
+        """Keep the tokens that `positions`, those held, still tell."""
         used = (positions != EMPTY).flatten(0, 1).any(0)
         held = (*self._held[:2], positions, *self._held[3:])
         self._held = tuple(x[:, :, used] for x in held) if bool(used.any()) else ()

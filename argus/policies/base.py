@@ -152,9 +152,9 @@ class Outliers(ABC):
         """Numbers of pages ``[n, B, H, P, D]`` to keep exact, bool of that shape; None: none, ever."""
 
 
-def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int) -> None:
-    """Raise :class:`ArgusError` if an aging policy's answer is no stage or would move a page back."""
-    for page, (stage, target) in enumerate(zip(stages, targets, strict=True)):
+def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int, first: int = 0) -> None:
+    """Raise :class:`ArgusError` if an aging policy's answer for pages `first` on is no stage or would move a page back."""
+    for page, (stage, target) in enumerate(zip(stages, targets, strict=True), first):
         if not (stage or 0) <= target < count:
             allowed = f"{stage or 0} to {count - 1}"
             raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {allowed}")
