@@ -12,7 +12,7 @@ from torch import Tensor
 from argus.attention import Query
 from argus.backends.base import Dense, Segment
 from argus.errors import ArgusError
-from argus.exact import ExactNumbers, ExactTokens, OutlierPatch
+from argus.exact import ExactNumbers, ExactTokens
 from argus.pages import Pool, Slab, Window, smooth, to_pages
 from argus.plan import Plan, Stage
 from argus.policies.base import NewPages, PageFacts, check_targets, salience
@@ -86,7 +86,7 @@ class LayerCache:
         self.forgotten = 0
         self.salience: list[float] = []
         self.exact = ExactTokens(plan.dtype, plan.eight)
-        self.outliers: dict[str, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
+        self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self._segments: list[Segment] | None = None
 
@@ -182,7 +182,6 @@ class LayerCache:
     def _segment(self, stage: Stage, slab: Slab, pages: list[int]) -> Segment:
         size = self.plan.page_size
         payloads = {role: payload_of(slab, role) for role in ROLES}
-        held = any(numbers.counts is not None for numbers in self.outliers.values())
         some = next(iter(slab.values()))
         return Segment(
             key_tier=stage.keys,
@@ -193,7 +192,7 @@ class LayerCache:
             last=(max(pages) + 1) * size - 1,
             page_size=size,
             exact=slab.get(EXACT),
-            patch=OutlierPatch(self.outliers, pages) if held else None,
+            outliers={role: numbers.rows for role, numbers in self.outliers.items() if numbers.rows is not None},
             block_pages=self.plan.block_pages,
             first=min(pages) * size,
         )
@@ -330,7 +329,7 @@ class LayerCache:
             slab = self.pools[stage].take([page])
             for role in ROLES:
                 decoded = self.plan.stages[stage].tier(role).decode(payload_of(slab, role), role)
-                outs[role].append(self.outliers[role].write(decoded.contiguous(), [page])[0])
+                outs[role].append(self.outliers[role].over(decoded, [page])[0])
         keys, values = (torch.cat(outs[role], 2) for role in ROLES)
         self.exact.write(keys, values, pages[0] * self.plan.page_size)
         return keys, values

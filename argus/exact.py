@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argus.backends.base import Dense, Patch, round_up
+from argus.backends.base import Dense, round_up
+from argus.backends.rows import ExactRows
+from argus.errors import ArgusError
 
 EMPTY = -1
 """Position of a place that holds no token: heads and rows may keep different numbers of tokens."""
+MOST = (1 << 31) - 1
+"""Outliers that one layer keeps of keys, or of values."""
 
 
 class ExactTokens:
@@ -147,106 +151,57 @@ def to_eight(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ExactNumbers:
-    """Outliers of one role: exact numbers of pages, row after row.
-
-    A row is one page, batch row and head. Numbers of a row are kept together, rows in the order of (page, batch, head).
+    """Outliers of one role.
 
     Attributes
     ----------
-    first : int
-        The first page that has rows.
-    counts : Tensor
-        ``[pages, B, H]`` int32, numbers a row.
-    places : Tensor
-        int16 (int32 for pages of more than 32768 numbers), ``[N]``: index in a row's ``P * D`` numbers.
-    numbers : Tensor
-        ``[N]`` in the cache's exact dtype.
+    dtype : torch.dtype
+        In which they are kept.
+    rows : ExactRows or None
+        None where no page has been given any.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.first = 0
-        self.counts: Tensor | None = None
-        self.places: Tensor | None = None
-        self.numbers: Tensor | None = None
+        self.rows: ExactRows | None = None
 
     def add(self, pages: Tensor, chosen: Tensor, first: int) -> None:
-        """Keep the numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the ``n`` pages from `first` on, the next."""
+        """Keep the numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the ``n`` pages from `first` on, the next.
+
+        Raises
+        ------
+        ArgusError
+            If more than 2^31 - 1 are kept in all.
+        """
         flat = chosen.flatten(-2)
+        places = flat.nonzero()[:, -1]
+        held = 0 if self.rows is None else len(self.rows.numbers)
+        if held + len(places) > MOST:
+            raise ArgusError(f"outliers: {held + len(places)} numbers of one layer are to be kept exact; allowed: {MOST}")
+        ends = flat.sum(-1).flatten().cumsum(0, dtype=torch.int32).view(flat.shape[:-1])
         index = torch.int16 if flat.shape[-1] <= 1 << 15 else torch.int32
-        counts = flat.sum(-1, dtype=torch.int32)
-        places = flat.nonzero()[:, -1].to(index)
-        numbers = pages.flatten(-2)[flat].to(self.dtype)
-        if self.counts is None or self.places is None or self.numbers is None:
-            self.counts, self.places, self.numbers, self.first = counts, places, numbers, first
-        else:
-            self.counts = torch.cat([self.counts, counts])
-            self.places = torch.cat([self.places, places])
-            self.numbers = torch.cat([self.numbers, numbers])
+        new = ExactRows(ends, places.to(index), pages.flatten(-2)[flat].to(self.dtype), first)
+        self.rows = new if self.rows is None else self.rows.joined(new)
 
     def crop(self, pages: int) -> None:
         """Forget pages from `pages` on."""
-        self._keep(0, max(0, pages - self.first))
+        if self.rows is not None:
+            self.rows = self.rows.part(0, max(0, pages - self.rows.first))
 
     def forget(self, page: int) -> None:
         """Forget pages before `page`."""
-        self._keep(max(0, page - self.first), None)
-        self.first = max(self.first, page)
-
-    def _keep(self, begin: int, end: int | None) -> None:
-        """Keep some of the pages that have rows, one after another."""
-        if self.counts is None or self.places is None or self.numbers is None:
-            return
-        before, kept = int(self.counts[:begin].sum()), int(self.counts[begin:end].sum())
-        self.counts = self.counts[begin:end].clone()
-        self.places, self.numbers = (x[before : before + kept].clone() for x in (self.places, self.numbers))
-        if not len(self.counts):
-            self.counts = self.places = self.numbers = None
-
-    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices into the numbers of `rows`, one row after another, and which of `rows` each belongs to."""
-        counts = self.counts.flatten().long() if self.counts is not None else rows
-        starts = counts.cumsum(0) - counts
-        wanted = counts[rows]
-        owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), wanted)
-        first = wanted.cumsum(0) - wanted
-        return starts[rows][owner] + torch.arange(len(owner), device=rows.device) - first[owner], owner
+        if self.rows is not None:
+            self.rows = self.rows.part(max(0, page - self.rows.first), None)
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
-        if self.counts is None or self.places is None or self.numbers is None:
-            return
-        numbering = torch.arange(self.counts.numel(), device=rows.device).view(self.counts.shape)
-        index, _ = self._rows(numbering.index_select(1, rows).flatten())
-        self.places, self.numbers = self.places[index], self.numbers[index]
-        self.counts = self.counts.index_select(1, rows)
+        if self.rows is not None:
+            self.rows = self.rows.select(rows)
 
-    def write(self, decoded: Tensor, pages: Sequence[int]) -> Tensor:
-        """Write the numbers kept of `pages` into them, decoded, ``[n, B, H, P, D]``, in place."""
-        if self.counts is None or self.places is None or self.numbers is None:
-            return decoded
-        _, batch, heads = self.counts.shape
-        wanted = torch.tensor(pages, device=decoded.device) - self.first
-        rows = (wanted.unsqueeze(-1) * batch * heads + torch.arange(batch * heads, device=decoded.device)).flatten()
-        index, owner = self._rows(rows)
-        size = decoded.shape[-1] * decoded.shape[-2]
-        decoded.view(-1)[owner * size + self.places[index].long()] = self.numbers[index].to(decoded.dtype)
-        return decoded
+    def over(self, decoded: Tensor, pages: Sequence[int]) -> Tensor:
+        """Decoded pages ``[n, B, H, P, D]`` with the numbers kept of them: a copy where there are any."""
+        return decoded if self.rows is None else self.rows.over(decoded, torch.tensor(pages, device=decoded.device))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [x for x in (self.counts, self.places, self.numbers) if x is not None]
-
-
-class OutlierPatch(Patch):
-    """The outliers of one block of pages."""
-
-    def __init__(self, numbers: dict[str, ExactNumbers], pages: Sequence[int]) -> None:
-        self.numbers = numbers
-        self.pages = pages
-
-    def __call__(self, role: str, pages: Tensor) -> Tensor:
-        return self.numbers[role].write(pages.contiguous(), self.pages)
-
-    def part(self, begin: int, end: int) -> OutlierPatch:
-        return OutlierPatch(self.numbers, self.pages[begin:end])
+        return [] if self.rows is None else list(self.rows.tensors())

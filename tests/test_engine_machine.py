@@ -222,8 +222,8 @@ class EngineMachine(RuleBasedStateMachine):
         if positions is not None:
             for row, head, place in (positions // size == page).nonzero().tolist():
                 coded[row, head, int(positions[row, head, place]) % size] = False
-        numbers = self.layer.outliers[role]
-        if numbers.counts is not None:
+        numbers = self.layer.outliers[role].rows
+        if numbers is not None:
             counts = numbers.counts.flatten().tolist()
             rows = self.batch * HEADS
             for row in range(rows):

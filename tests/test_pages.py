@@ -164,13 +164,15 @@ def test_exact_numbers_come_back(seed, share, data):
             pages, marks, first = pages[gone:], marks[gone:], first + gone
         else:
             rows = torch.tensor(data.draw(st.lists(st.integers(0, pages.shape[1] - 1), min_size=1, max_size=3)))
-            if len(pages) or numbers.counts is not None:
+            if len(pages) or numbers.rows is not None:
                 numbers.select(rows)
                 pages, marks = pages[:, rows], marks[:, rows]
         if not len(pages):
             continue
         asked = data.draw(st.lists(st.integers(0, len(pages) - 1), min_size=1, max_size=4))
-        found = numbers.write(torch.full_like(pages[asked], 7.0), [first + page for page in asked])
+        blank = torch.full_like(pages[asked], 7.0)
+        found = numbers.over(blank, [first + page for page in asked])
+        assert bool((blank == 7.0).all())
         assert torch.equal(found, torch.where(marks[asked], pages[asked], 7.0))
         kept = int(marks.sum())
         assert total_bytes(numbers.tensors()) == kept * (4 + 2) + marks[..., 0, 0].numel() * 4

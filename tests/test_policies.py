@@ -342,4 +342,4 @@ def test_outliers_are_read_to_the_bit_and_widen_no_scale(outliers):
     off = ((read - loud) * rest)[:, :, :32].norm() / ((calm - keys) * rest)[:, :, :32].norm()
     assert off < 2
     for role in ("keys", "values"):
-        assert int(spiked.outliers[role].counts.sum()) > 0
+        assert len(spiked.outliers[role].rows.numbers) > 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ from argus.backends.forms import (
     grouped as grouped,
     round_up as round_up,
 )
+from argus.backends.rows import ExactRows
 
 if TYPE_CHECKING:
     from argus.tiers.base import Tier
@@ -49,8 +50,8 @@ class Segment:
     exact : Tensor or None
         ``[n, B, H, P]`` bool, tokens that are answered elsewhere because they are kept exact; None where no segment of
         the cache has any.
-    patch : callable or None
-        ``patch(role, decoded)`` writes exact outliers into decoded pages ``[n, B, H, P, D]`` in place.
+    outliers : dict of str to ExactRows
+        Exact numbers of the cache's pages, by role; a role that has none is left out.
     block_pages : int
         Pages that may be decoded at once, those of other segments with them.
     first : int
@@ -65,7 +66,7 @@ class Segment:
     last: int
     page_size: int
     exact: Tensor | None = None
-    patch: Patch | None = None
+    outliers: Mapping[Role, ExactRows] = field(default_factory=dict)
     block_pages: int = 1
     first: int = 0
 
@@ -77,8 +78,12 @@ class Segment:
             values={name: tensor[begin:end] for name, tensor in self.values.items()},
             positions=self.positions[begin:end],
             exact=None if self.exact is None else self.exact[begin:end],
-            patch=None if self.patch is None else self.patch.part(begin, end),
         )
+
+    def exactly(self, role: Role, decoded: Tensor) -> Tensor:
+        """Decoded pages ``[n, B, H, P, D]`` with their outliers: a copy where there are any."""
+        rows = self.outliers.get(role)
+        return decoded if rows is None else rows.over(decoded, self.positions // self.page_size)
 
     def tier(self, role: Role) -> Tier:
         """The tier of `role`."""
@@ -161,18 +166,6 @@ def both(mask: Tensor | None, held: Tensor | None) -> Tensor | None:
     if mask is None or held is None:
         return held if mask is None else mask
     return mask & held if mask.dtype == torch.bool else torch.where(held, mask, torch.finfo(mask.dtype).min)
-
-
-class Patch(ABC):
-    """Exact outliers of the pages of a segment."""
-
-    @abstractmethod
-    def __call__(self, role: str, pages: Tensor) -> Tensor:
-        """Write the outliers of `role` into decoded pages ``[n, B, H, P, D]``, in place, and return them."""
-
-    @abstractmethod
-    def part(self, begin: int, end: int) -> Patch:
-        """The same for pages ``begin`` to ``end`` of the segment only."""
 
 
 class Backend(ABC):

@@ -200,8 +200,7 @@ class PagePart(Part):
     def _decode(self, role: Role) -> Tensor:
         blocks = []
         for segment in self.segments:
-            pages = segment.tier(role).decode(segment.payload(role), role)
-            blocks.append(pages if segment.patch is None else segment.patch(role, pages))
+            blocks.append(segment.exactly(role, segment.tier(role).decode(segment.payload(role), role)))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 

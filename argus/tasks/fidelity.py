@@ -88,7 +88,7 @@ def cosine(layers: list[LayerCache], sources: list[Tensor], place: int, role: An
         tier = layer.plan.stages[place].tier(role)
         paged = to_pages(source[:, :, : len(layer.where) * size], size) if layer.where else source[:0]
         for slab, pages in layer.pools[place].blocks():
-            read = layer.outliers[role].write(tier.decode(payload_of(slab, role), role).contiguous(), pages)
+            read = layer.outliers[role].over(tier.decode(payload_of(slab, role), role), pages)
             close = torch.cosine_similarity(read, paged[pages].float(), dim=-1)
             coded = ~slab[EXACT] if EXACT in slab else torch.ones_like(close, dtype=torch.bool)
             total += float(close[coded].sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Float8, Plain, Projected, Segment  # noqa: E402
 from argus.backends.triton import launch  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
+from argus.exact import ExactNumbers  # noqa: E402
+from argus.tiers.base import ROLES  # noqa: E402
 from argus.tiers.jl import projection  # noqa: E402
 from tests.backends import ptx  # noqa: E402
 
@@ -103,11 +106,9 @@ class Case:
         keys, values, positions = [], [], []
         batch, heads = query.rows.shape[:2]
         for segment in self.segments:
-            for x, out, tier, role in (
-                (segment.keys, keys, segment.key_tier, "keys"),
-                (segment.values, values, segment.value_tier, "values"),
-            ):
-                out.append(tier.decode(x, role).double().permute(1, 2, 0, 3, 4).flatten(2, 3))
+            for role, out in (("keys", keys), ("values", values)):
+                decoded = segment.exactly(role, segment.tier(role).decode(segment.payload(role), role))
+                out.append(decoded.double().permute(1, 2, 0, 3, 4).flatten(2, 3))
             at = (segment.positions[:, None] + torch.arange(self.page, device=DEVICE)).flatten().expand(batch, heads, -1)
             if segment.exact is not None:
                 at = at.masked_fill(segment.exact.permute(1, 2, 0, 3).flatten(2), -1)
@@ -159,6 +160,22 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(launch.Workspace, "of", classmethod(poisoned))
+
+
+def spiked(segments: list[Segment], share: float = 0.02, roles: tuple[str, ...] = ROLES, first: int = 0) -> list[Segment]:
+    """The same pages with outliers, other numbers than what is decoded, but for those before page `first`, in front."""
+    generator = torch.Generator().manual_seed(7)
+    kept = {}
+    for role in roles:
+        numbers = ExactNumbers(torch.float16)
+        for segment in segments:
+            decoded = segment.tier(role).decode(segment.payload(role), role)
+            more = torch.randn(decoded.shape, generator=generator).to(decoded) * 4
+            chosen = torch.rand(decoded.shape, generator=generator).to(DEVICE) < share
+            numbers.add(decoded + more, chosen, int(segment.positions[0]) // segment.page_size)
+        numbers.forget(first)
+        kept[role] = numbers.rows
+    return [replace(segment, outliers=kept) for segment in segments if int(segment.positions[0]) >= first * segment.page_size]
 
 
 FORMS = {

@@ -18,13 +18,14 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
     KeptProjection,
     assembly as assembly,
     poison as poison,
+    spiked,
 )
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Plain, Segment
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch, tuning
-from argus.exact import OutlierPatch, to_eight
+from argus.exact import to_eight
 
 PAIRS = [
     ("plain", "plain"),
@@ -147,7 +148,9 @@ def test_what_can_be_recorded(dim: int, dtype: torch.dtype, known: bool) -> None
     keys.is_cuda = False
     assert not case.backend.recordable(case.segments, window)
     keys.is_cuda = True
-    case.segments[0] = replace(case.segments[0], patch=OutlierPatch({}, [0]))
+    case.segments = spiked(case.segments)
+    assert case.backend.recordable(case.segments, window) == known
+    case.segments[0] = replace(case.segments[0], key_tier=SimpleNamespace(form=lambda role: None))
     assert not case.backend.recordable(case.segments, window)
 
 
@@ -243,7 +246,8 @@ def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: boo
         positions = (torch.arange(count) + first).to(DEVICE) * 64
         marks = case.random(count, 2, 2, 64) > 1.0 if masked else None
         case.segments.append(Segment(*tiers, keys, values, positions, (first + count) * 64 - 1, 64, marks))
-    assert bool(case.backend.tables.of(case.segments).runs) == (ratio > 2)
+    [run] = case.backend.tables.of(case.segments).runs
+    assert launch.job_of(case.query, run).share == ("projected" if ratio > 2 else "any")
     mask = None
     if masked:
         mask = torch.rand(2, 1, 1, case.length, generator=case.generator).to(DEVICE) > 0.2

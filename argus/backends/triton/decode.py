@@ -9,81 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.planar import planar
-
-
-@triton.jit
-def _field_at(base, word, lane, byte, SHIFT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, seen):
-    """Fragment order: one plane's share of the codes."""
-    F: tl.constexpr = 8 // BITS
-    W: tl.constexpr = D // 2 // F
-    V: tl.constexpr = 4 if W % 4 == 0 else (2 if W % 2 == 0 else 1)
-    stored = word % W
-    at = ((stored // V * 32 + lane) * V + stored % V) * 4 + byte
-    return ((tl.load(base + at, mask=seen, other=0).to(tl.int32) >> ((word // W) * BITS)) & ((1 << BITS) - 1)) << SHIFT
-
-
-@triton.jit
-def _codes(base, tok, ch, seen, BITS: tl.constexpr, TOKENS: tl.constexpr, FRAGMENTS: tl.constexpr, D: tl.constexpr):
-    """Codes of tokens and channels, int32, broadcast together."""
-    if FRAGMENTS:
-        code = tl.zeros(seen.shape, tl.int32)
-        u = tok % 64
-        if TOKENS:
-            lane = (ch % 8) * 4 + u // 16
-            word = ((ch // 16 * 2 + (u % 8) // 4) * 2 + (u % 4) // 2) * 2 + (ch % 16) // 8
-            byte = u % 2 + (u % 16) // 8 * 2
-        else:
-            c = ch % (D // 4)
-            lane = (u // 8) * 4 + ch // (D // 4)
-            word = (((u % 8) // 2 * (D // 32) + c // 8) * 2 + (c % 8) // 4) * 2 + u % 2
-            byte = c % 4
-        base += tok // 64 * (64 * D * BITS // 8)
-        if BITS & 8:
-            code |= _field_at(base, word, lane, byte, 0, 8, D, seen)
-        if BITS & 4:
-            code |= _field_at(base, word, lane, byte, 0, 4, D, seen)
-        if BITS & 2:
-            code |= _field_at(base + (BITS & 4) * D * 8, word, lane, byte, BITS & 4, 2, D, seen)
-        if BITS & 1:
-            code |= _field_at(base + (BITS & 6) * D * 8, word, lane, byte, BITS & 6, 1, D, seen)
-    else:
-        code = planar(base, tok, ch, seen, BITS, D)
-    return code
-
-
-@triton.jit
-def _tile(
-    codes, scales, zeros, own, tok, ch, seen, inner, P: tl.constexpr, D: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, LOAD: tl.constexpr,
-):  # fmt: skip
-    """Numbers of tokens and channels of one page and head, float32. KIND 0: plain, 1: E4M3, 2: affine, 3: what LOAD reads."""
-    if KIND == 3:
-        x = LOAD(codes, scales, zeros, own, tok, ch, seen, inner, P, D, BITS)
-    elif KIND == 0:
-        base = codes.to(tl.pointer_type(ELEMENT)) + inner * P * D
-        x = tl.load(base + tok * D + ch, mask=seen, other=0.0).to(tl.float32)
-    else:
-        if TOKENS:
-            at = inner * (P * (D // G)) + tok * (D // G) + ch // G
-        else:
-            at = inner * (P // G * D) + (tok // G) * D + ch
-        scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
-        base = codes.to(tl.pointer_type(tl.uint8)) + inner * (P * D * BITS // 8)
-        if KIND == 1:
-            # An e4m3 byte, its exponent and mantissa moved to FP16's places, is the number over 2^8.
-            byte = tl.load(base + tok * D + ch, mask=seen, other=0).to(tl.int16)
-            half = ((byte & 127) << 7) | ((byte & 128) << 8)
-            x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
-        else:
-            code = _codes(base, tok, ch, seen, BITS, TOKENS, FRAGMENTS, D)
-            if SYMMETRIC:
-                code = (code << 24) >> 24
-            x = code.to(tl.float32) * scale
-            if not SYMMETRIC:
-                x += tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
-    return x
+from argus.backends.triton.outliers import AT_ONCE, _more_answers, _more_scores, _outliers_at, _row_of
+from argus.backends.triton.reading import _addresses, _page_numbers, _page_tile
 
 
 @triton.jit
@@ -127,7 +54,7 @@ def _capped(s, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _advance(s, v, m, total, acc, WIDE: tl.constexpr):
-    """Online softmax by a tile of base-2 scores [R, T] and values [T, D]."""
+    """Online softmax by a tile of base-2 scores [R, T] and values [T, D]; and the tile's weights [R, T]."""
     best = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(best == float("-inf"), 0.0, best)
     p = tl.exp2(s - safe[:, None])
@@ -138,7 +65,7 @@ def _advance(s, v, m, total, acc, WIDE: tl.constexpr):
         acc = tl.dot(p, v, acc, input_precision="ieee")
     else:
         acc = tl.dot(p.to(tl.float16), v.to(tl.float16), acc)
-    return best, total, acc
+    return best, total, acc, p
 
 
 @triton.jit
@@ -151,25 +78,34 @@ def _finish(out_ptr, lse_ptr, slot, row, ch, m, total, acc, R, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=(
     "pages", "per_split", "first_slot", "slots", "heads", "R", "S", "start", "mask_batch", "mask_head", "mask_step", "mask_key",
+    "k_first", "v_first",
 ))  # fmt: skip
 def _pages_kernel(
-    q_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
+    q_ptr, turned_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
     pages, per_split, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
+    k_first, v_first,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, RB: tl.constexpr, TB: tl.constexpr,
     KKIND: tl.constexpr, KBITS: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, KSYMMETRIC: tl.constexpr,
-    KFRAGMENTS: tl.constexpr,
+    KFRAGMENTS: tl.constexpr, KROWS: tl.constexpr, KTURNED: tl.constexpr, KEXACT: tl.constexpr,
     VKIND: tl.constexpr, VBITS: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr, VSYMMETRIC: tl.constexpr,
-    VFRAGMENTS: tl.constexpr,
+    VFRAGMENTS: tl.constexpr, VROWS: tl.constexpr, VTURNED: tl.constexpr, VEXACT: tl.constexpr,
     KELEMENT: tl.constexpr, VELEMENT: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
     KWIDE: tl.constexpr, VWIDE: tl.constexpr, FIELDS: tl.constexpr,
-    k_own=None, v_own=None, KLOAD: tl.constexpr = None, VLOAD: tl.constexpr = None,
+    k_own=None, v_own=None, k_matrix=None, v_matrix=None, k_factor=1.0, v_factor=1.0, k_turn=None, v_turn=None,
+    k_kept=None, v_kept=None, KLOAD: tl.constexpr = None, VLOAD: tl.constexpr = None,
 ):  # fmt: skip
-    """Answer for a share of the pages of one head, of any forms."""
+    """Answer for a share of the pages of one head, of any forms.
+
+    q_ptr, turned_ptr: queries, and those that meet what is kept of keys. KROWS, VROWS: rows of projected pages, or 0. KEXACT,
+    VEXACT: whether pages have outliers, told by k_kept and v_kept: ends, places and numbers of rows, from page k_first on.
+    """
     split = tl.program_id(0)
     inner = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, RB)
     ch = tl.arange(0, DB)
-    q = tl.load(q_ptr + (inner * R + row[:, None]) * D + ch[None, :], mask=(row < R)[:, None] & (ch < D)[None, :], other=0.0)
+    q_ptr += inner * R * D
+    held_q = (row < R)[:, None] & (ch < D)[None, :]
+    q = tl.load(turned_ptr + (inner * R + row[:, None]) * D + ch[None, :], mask=held_q, other=0.0)
     head = (inner % heads) * (R // S) + row // S
     mask_row = (inner // heads) * mask_batch + head * mask_head + (row % S) * mask_step
     m = tl.full((RB,), float("-inf"), tl.float32)
@@ -179,25 +115,50 @@ def _pages_kernel(
     end = tl.minimum((split + 1) * per_split, pages)
     for number in range(split * per_split * TILES, end * TILES):
         page = number // TILES
-        tok = (number % TILES) * TB + tl.arange(0, TB)
+        begin = (number % TILES) * TB
+        tok = begin + tl.arange(0, TB)
         row_of = table_ptr + page * FIELDS
+        position = tl.load(positions_ptr + page)
         held = tok < P
         if EXACT:
             marks = tl.load(row_of + 6).to(tl.pointer_type(tl.uint8)) + inner * P
             held = held & (tl.load(marks + tok, mask=tok < P, other=1) == 0)
-        seen = (tok < P)[:, None] & (ch < D)[None, :]
-        k = _tile(
-            tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2), k_own, tok[:, None], ch[None, :], seen, inner, P, D,
+        codes = _addresses(row_of, False)
+        mean = tl.load(row_of + 7)
+        k = _page_tile(
+            codes, mean, k_own, k_matrix, k_factor, tok, ch, inner, P, D, KROWS,
             KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
         )  # fmt: skip
-        s = _capped(_scores(q, k, KWIDE, KKIND == 0), cap, CAPPED)
-        pos = tl.load(positions_ptr + page) + tok
-        s = _seen_by(row, pos, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
-        v = _tile(
-            tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5), v_own, tok[:, None], ch[None, :], seen, inner, P, D,
+        s = _scores(q, k, KWIDE, KKIND == 0 and KROWS == 0)
+        if KEXACT:
+            at, last = _row_of(k_kept[0], (position // P - k_first) * tl.num_programs(1) + inner)
+            for n in range(at, last, AT_ONCE):
+                token, channel, number_of, there = _outliers_at(k_kept, n, last, begin, D, TB)
+                decoded = _page_numbers(
+                    codes, mean, k_own, k_matrix, k_factor, k_turn, token, channel, there, inner, P, D, DB, KROWS, KTURNED,
+                    KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
+                )  # fmt: skip
+                delta = tl.where(there, number_of - decoded, 0.0)
+                s = _more_scores(s, q_ptr, row, R, delta, token, channel, there, begin, D, TB, KWIDE)
+        s = _capped(s, cap, CAPPED)
+        s = _seen_by(row, position + tok, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
+        codes = _addresses(row_of + 3, False)
+        mean = tl.load(row_of + 8)
+        v = _page_tile(
+            codes, mean, v_own, v_matrix, v_factor, tok, ch, inner, P, D, VROWS,
             VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
         )  # fmt: skip
-        m, total, acc = _advance(s, v, m, total, acc, VWIDE)
+        m, total, acc, p = _advance(s, v, m, total, acc, VWIDE)
+        if VEXACT:
+            at, last = _row_of(v_kept[0], (position // P - v_first) * tl.num_programs(1) + inner)
+            for n in range(at, last, AT_ONCE):
+                token, channel, number_of, there = _outliers_at(v_kept, n, last, begin, D, TB)
+                decoded = _page_numbers(
+                    codes, mean, v_own, v_matrix, v_factor, v_turn, token, channel, there, inner, P, D, DB, VROWS, VTURNED,
+                    VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
+                )  # fmt: skip
+                delta = tl.where(there, number_of - decoded, 0.0)
+                acc = _more_answers(acc, p, delta, token, channel, v_turn, begin, D, DB, TB, VTURNED, VWIDE)
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)
 
 
@@ -239,5 +200,5 @@ def _dense_kernel(
         s = _capped(_scores(q, k, WIDE, True), cap, CAPPED)
         s = _seen_by(row, pos, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
         v = tl.load(v_ptr + tok[:, None] * v_token + ch[None, :], mask=seen, other=0.0).to(tl.float32)
-        m, total, acc = _advance(s, v, m, total, acc, WIDE)
+        m, total, acc, p = _advance(s, v, m, total, acc, WIDE)
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)

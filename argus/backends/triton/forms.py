@@ -1,4 +1,4 @@
-"""How the kernels for any form read a payload: the constants of :func:`argus.backends.triton.decode._tile`."""
+"""How the kernels for any form read a payload: the constants of :func:`argus.backends.triton.reading._page_tile`."""
 
 from __future__ import annotations
 
@@ -9,45 +9,60 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from argus.backends.base import Affine, Float8, Loaded, Payload, Plain
+from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected
 from argus.backends.triton import layout
 
 ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def described(form: object, payload: Payload, page: int, dim: int) -> dict[str, Any] | None:
-    """The constants with which ``_tile`` reads pages of a form; None: it does not read them.
+def known(form: object, payload: Payload) -> bool:
+    """Whether ``_page_tile`` reads pages of a form: `payload` ``[n, B, ...]``, names without the prefix of coefficients."""
+    if not all(tensor[:1].is_contiguous() for tensor in payload.values()):
+        return False
+    if isinstance(form, Projected):
+        return payload["mean"].dtype == torch.float16 and not isinstance(form.inner, Loaded) and known(form.inner, payload)
+    if isinstance(form, Plain):
+        return payload["codes"].dtype in ELEMENTS
+    return isinstance(form, (Affine, Float8, Loaded))
+
+
+def described(form: Any, payload: Payload, page: int, dim: int) -> dict[str, Any]:
+    """The constants with which ``_page_tile`` reads pages of a form that is :func:`known`.
 
     Parameters
     ----------
-    form : object or None
+    form : Affine, Float8, Loaded, Plain or Projected
         What :meth:`argus.tiers.base.Tier.form` tells.
     payload : dict of str to Tensor
         ``[n, B, ...]``, for its dtypes.
     page, dim : int
         Tokens a page, and head_dim.
     """
-    if not all(tensor[:1].is_contiguous() for tensor in payload.values()):
-        return None
-    known: dict[str, Any] = {"KIND": 0, "BITS": 16, "TOKENS": False, "G": 1, "SYMMETRIC": True, "FRAGMENTS": False}
-    known |= {"ELEMENT": tl.uint8, "WIDE": False, "LOAD": None}
-    if isinstance(form, Plain) and payload["codes"].dtype in ELEMENTS:
-        return known | {"ELEMENT": ELEMENTS[payload["codes"].dtype], "WIDE": payload["codes"].dtype == torch.float32}
+    if isinstance(form, Projected):
+        rows = page // form.ratio
+        return described(form.inner, payload, rows, dim) | {"ROWS": rows}
+    facts: dict[str, Any] = {"KIND": 0, "BITS": 16, "TOKENS": False, "G": 1, "SYMMETRIC": True, "FRAGMENTS": False}
+    facts |= {"ELEMENT": tl.uint8, "WIDE": False, "LOAD": None, "ROWS": 0}
+    if isinstance(form, Plain):
+        return facts | {"ELEMENT": ELEMENTS[payload["codes"].dtype], "WIDE": payload["codes"].dtype == torch.float32}
     if isinstance(form, Loaded):
-        return known | {"KIND": 3, "BITS": form.option, "LOAD": form.load()}
-    if isinstance(form, (Affine, Float8)):
-        group = form.group or (page if form.axis == "channel" else dim)
-        known |= {"KIND": 1, "BITS": 8, "TOKENS": form.axis == "token", "G": group}
-        if isinstance(form, Affine):
-            fragments = layout.in_fragments(page, dim)
-            known |= {"KIND": 2, "BITS": form.bits, "SYMMETRIC": form.symmetric, "FRAGMENTS": fragments}
-        return known
-    return None
+        return facts | {"KIND": 3, "BITS": form.option, "LOAD": form.load()}
+    group = form.group or (page if form.axis == "channel" else dim)
+    facts |= {"KIND": 1, "BITS": 8, "TOKENS": form.axis == "token", "G": group}
+    if isinstance(form, Affine):
+        fragments = layout.in_fragments(page, dim)
+        facts |= {"KIND": 2, "BITS": form.bits, "SYMMETRIC": form.symmetric, "FRAGMENTS": fragments}
+    return facts
 
 
 def own(form: object, like: Tensor) -> Tensor | None:
     """What all pages of a form share, as its kernel reads it."""
     return form.own(like) if isinstance(form, Loaded) and form.own is not None else None
+
+
+def archive(form: object, page: int, like: Tensor) -> tuple[Tensor | None, float]:
+    """The matrix of projected pages and the factor of what it gives back; no matrix of others."""
+    return (form.matrix(page, like), form.factor(page)) if isinstance(form, Projected) else (None, 1.0)
 
 
 def booked(form: object) -> bool:
@@ -58,6 +73,11 @@ def booked(form: object) -> bool:
 def rotates(form: object) -> bool:
     """Whether a kernel reads rotated numbers."""
     return isinstance(form, Loaded) and form.rotation is not None
+
+
+def rotation(form: object, like: Tensor) -> Tensor | None:
+    """The rotation of a form; None: it has none."""
+    return form.rotation(like.shape[-1], like) if isinstance(form, Loaded) and form.rotation is not None else None
 
 
 def signs(form: object, dim: int) -> Callable[[int, Tensor], Tensor] | None:

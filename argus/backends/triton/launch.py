@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Affine, Dense, Float8, Plain, Projected
+from argus.backends.base import Affine, Dense, Float8, Plain
 from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
 from argus.backends.triton.dispatch import Dispatch, constants
 from argus.backends.triton.fused import _decode_kernel, _merge_kernel
-from argus.backends.triton.tables import FIELDS, Run
+from argus.backends.triton.tables import FIELDS, Run, in_projection
 
 ROWS = 4
 """Rows that a warp answers for."""
@@ -152,9 +152,11 @@ def job_of(query: Query, part: Run | Dense) -> Job:
             facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded, part.count is not None)
             return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
+    if part.patched:
+        return Job(part, "any", part.pages)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
-    if isinstance(part.key_form, Projected):
+    if all(in_projection(form, kept, part.page) for form, kept in part.roles) and part.key_form.ratio == part.value_form.ratio:
         rows = part.keys["scale"].shape[-2]
         return Job(part, "projected", part.pages, (rows, mask, part.exact), tuning.PROJECTED)
     key, value, page = part.key_form, part.value_form, part.page
@@ -294,14 +296,21 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
     run, splits = job.part, job.splits
     mask = Mask.of(query, run.last)
     tile = tuning.tile(dim, rows)
-    facts: dict[str, Any] = {"k_own": forms.own(run.key_form, query.rows), "v_own": forms.own(run.value_form, query.rows)}
-    for role, form, payload in (("K", run.key_form, run.keys), ("V", run.value_form, run.values)):
-        facts |= {role + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
+    facts: dict[str, Any] = {}
+    for role, (form, payload), exact in zip(("k", "v"), run.roles, run.outliers, strict=True):
+        matrix, factor = forms.archive(form, run.page, query.rows)
+        kept = None if exact is None else exact.tensors()
+        facts |= {f"{role}_own": forms.own(form, query.rows), f"{role}_matrix": matrix, f"{role}_factor": factor}
+        facts |= {f"{role}_turn": forms.rotation(form, query.rows), f"{role}_kept": kept}
+        facts |= {role.upper() + name: fact for name, fact in forms.described(form, payload, run.page, dim).items()}
+        facts |= {role.upper() + "TURNED": forms.rotates(form), role.upper() + "EXACT": kept is not None}
+        facts[f"{role}_first"] = 0 if exact is None else exact.first
+    turned = forms.turned(run.key_form, query.rows).contiguous()
     _pages_kernel[(splits, batch * heads)](
-        forms.turned(run.key_form, query.rows).contiguous(), run.table, run.positions, work.out, work.lse, mask.tensor,
+        query.rows.contiguous(), turned, run.table, run.positions, work.out, work.lse, mask.tensor,
         run.pages, tuning.over(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
-        run.page, dim, tuning.power(dim), max(16, tuning.power(rows)), tile,
+        P=run.page, D=dim, DB=tuning.power(dim), RB=max(16, tuning.power(rows)), TB=tile,
         MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **facts,
         **tuning.options(dim, rows),
     )  # fmt: skip

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argus.backends.base import Affine, Float8, Loaded, Payload, Plain, Projected, Segment
-from argus.backends.triton.forms import booked, own
+from argus.backends.base import Affine, Loaded, Payload, Projected, Role, Segment
+from argus.backends.rows import ExactRows
+from argus.backends.triton.forms import booked, known, own
 from argus.backends.triton.fragments import fragments
 from argus.backends.triton.layout import BLOCK
 from argus.backends.triton.tuning import FEW_PAGES
@@ -20,6 +21,7 @@ FIELDS = 10
 """Of a page: addresses of codes, scale and zero of keys, the same of values, exact marks, means of keys and of values; and what
 :func:`facts_of` tells of its forms."""
 NAMES = ("codes", "scale", "zero")
+ROLES: tuple[Role, Role] = ("keys", "values")
 COEFFICIENTS = "coefficients."
 """How the names of a projected page's coefficients begin."""
 
@@ -48,6 +50,8 @@ class Run:
         them, or codebooks, as :func:`lay_book` does.
     aligned : bool
         Whether every tensor of every page begins at a multiple of 16 bytes.
+    outliers : tuple of ExactRows or None
+        Exact numbers of pages, of keys and of values; None: there are none.
     members : tuple of Run
         Several stages with few pages each, in one table that tells each page's form; the forms above are those of the first.
     """
@@ -63,6 +67,7 @@ class Run:
     exact: bool
     laid: tuple[Tensor, ...] = ()
     aligned: bool = False
+    outliers: tuple[ExactRows | None, ExactRows | None] = (None, None)
     members: tuple[Run, ...] = ()
 
     @property
@@ -70,9 +75,21 @@ class Run:
         """Pages held."""
         return self.table.shape[0]
 
+    @property
+    def roles(self) -> tuple[tuple[Any, Payload], tuple[Any, Payload]]:
+        """Form and payload of keys and of values."""
+        return (self.key_form, self.keys), (self.value_form, self.values)
 
-def projection_readable(form: Projected, payload: Payload, page: int) -> bool:
-    """Whether a kernel reads projected pages: 64 tokens in 16, 8 or 4 rows of 4-bit codes with a scale and a zero a row."""
+    @property
+    def patched(self) -> bool:
+        """Whether pages have outliers."""
+        return self.outliers != (None, None)
+
+
+def in_projection(form: object, payload: Payload, page: int) -> bool:
+    """Whether lanes read projected pages: 64 tokens in 16, 8 or 4 rows of 4-bit codes with a scale and a zero a row."""
+    if not isinstance(form, Projected):
+        return False
     inner, dim = form.inner, payload["mean"].shape[-1]
     known = isinstance(inner, Affine) and inner == Affine(4, "token", inner.group) and inner.group in (None, dim)
     return known and page == 64 and form.ratio in (4, 8, 16) and dim % 64 == 0
@@ -80,24 +97,9 @@ def projection_readable(form: Projected, payload: Payload, page: int) -> bool:
 
 def readable(segment: Segment) -> bool:
     """Whether kernels read this segment in place."""
-    if segment.patch is not None or not segment.positions.numel():
+    if not segment.positions.numel() or (segment.exact is not None and not segment.exact[0].is_contiguous()):
         return False
-    forms = []
-    for tier, role, payload in ((segment.key_tier, "keys", segment.keys), (segment.value_tier, "values", segment.values)):
-        form = tier.form(role)
-        forms.append(form)
-        if isinstance(form, Projected):
-            if not projection_readable(form, payload, segment.page_size):
-                return False
-            continue
-        if not isinstance(form, (Affine, Float8, Loaded, Plain)):
-            return False
-        if not all(tensor[0].is_contiguous() for tensor in payload.values()):
-            return False
-        if isinstance(form, Plain) and payload["codes"].dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return False
-    ratios = {form.ratio if isinstance(form, Projected) else 0 for form in forms}
-    return len(ratios) == 1 and (segment.exact is None or segment.exact[0].is_contiguous())
+    return all(known(segment.tier(role).form(role), parts_of(segment.payload(role))) for role in ROLES)
 
 
 def same_stage(first: Segment, second: Segment) -> bool:
@@ -106,7 +108,7 @@ def same_stage(first: Segment, second: Segment) -> bool:
         first.key_tier is second.key_tier
         and first.value_tier is second.value_tier
         and first.page_size == second.page_size
-        and second.patch is None
+        and first.outliers == second.outliers
         and second.positions.numel() > 0
         and shapes(first) == shapes(second)
     )
@@ -160,9 +162,9 @@ def lay(form: Any, back: bool, like: Segment) -> Tensor:
     return fragments(form.matrix(like.page_size, like.positions), form.factor(like.page_size), back)
 
 
-def is_laid(form: object) -> bool:
+def is_laid(form: object, payload: Payload, page: int) -> bool:
     """Whether pages of a form share what is laid for lanes."""
-    return isinstance(form, Projected) or booked(form)
+    return in_projection(form, payload, page) or booked(form)
 
 
 def facts_of(key_form: object, value_form: object, page: int) -> int:
@@ -183,7 +185,8 @@ def facts_of(key_form: object, value_form: object, page: int) -> int:
 
 def mix(runs: Sequence[Run]) -> list[Run]:
     """Put stages with few pages each into one run, for the kernel that reads codes of any width, where there are several."""
-    few = [run for run in runs if run.pages <= FEW_PAGES and facts_of(run.key_form, run.value_form, run.page)]
+    few = [run for run in runs if run.pages <= FEW_PAGES and not run.patched]
+    few = [run for run in few if facts_of(run.key_form, run.value_form, run.page)]
     few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0 and run.exact == few[0].exact]
     if len(few) < 2:
         return list(runs)
@@ -202,6 +205,7 @@ def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
     first = segments[0]
     key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
     table = addresses(segments, facts_of(key_form, value_form, first.page_size))
+    shared = ((key_form, first.keys, True), (value_form, first.values, False))
     return Run(
         key_form=key_form,
         value_form=value_form,
@@ -212,8 +216,9 @@ def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
-        laid=tuple(laid(f, back, first) for f, back in ((key_form, True), (value_form, False)) if is_laid(f)),
+        laid=tuple(laid(form, back, first) for form, kept, back in shared if is_laid(form, kept, first.page_size)),
         aligned=not (table[:, :-1] % 16).any(),
+        outliers=(first.outliers.get("keys"), first.outliers.get("values")),
     )
 
 
