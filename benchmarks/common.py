@@ -26,6 +26,7 @@ from argus.build import build
 from argus.config import load_cache_config
 from argus.engine import LayerCache
 from argus.plan import Plan
+from argus.tiers.base import ROLES
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 """One attention layer of Llama-3-8B."""
@@ -39,10 +40,10 @@ LADDERS = ("exact", "fp8", "int8", "int4", "int3", "int2", "sign", "jl", *PLUGIN
 ALONE = ("fp8", "sign", "jl")
 
 
-def plan_of(ladder: str, backend: str = "triton", **options: Any) -> Plan:
-    """The plan of a ladder, with no anchors and no outliers; `options` are those of ``tiers``."""
+def plan_of(ladder: str, backend: str = "triton", outliers: str = "none", **options: Any) -> Plan:
+    """The plan of a ladder, with no anchors; `options` are those of ``tiers``."""
     chosen = ["tiers=default", f"tiers.order=[{ladder}]"] if ladder in ALONE else [f"tiers={ladder}"]
-    chosen += ["anchors=none", "outliers=none", f"backend={backend}"]
+    chosen += ["anchors=none", f"outliers={outliers}", f"backend={backend}"]
     chosen += [f"tiers.{name}={value}" for name, value in options.items()]
     return build(load_cache_config(chosen), HEAD_DIM, torch.float16, "cuda")
 
@@ -83,9 +84,8 @@ def reference(cache: LayerCache, query: Query) -> Tensor:
 def blocks(cache: LayerCache) -> Iterable[tuple[Tensor, Tensor]]:
     """Keys and values ``[B, H, T, D]`` of all that is held, as attention is to see them."""
     for segment in cache.segments():
-        keys = segment.key_tier.decode(segment.keys, "keys")
-        values = segment.value_tier.decode(segment.values, "values")
-        yield tuple(x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in (keys, values))  # type: ignore[misc]
+        pages = [segment.exactly(role, segment.tier(role).decode(segment.payload(role), role)) for role in ROLES]
+        yield tuple(x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in pages)  # type: ignore[misc]
     for part in cache.dense():
         yield part.numbers("keys"), part.numbers("values")
 

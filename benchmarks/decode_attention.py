@@ -1,6 +1,7 @@
 """One decode step of attention, for each ladder, beside the best FP16 kernel of the machine in the same run.
 
-Run from the repository root: ``python -m benchmarks.decode_attention [--contexts 8192] [--batches 1 8] [--ladders int4]``.
+Run from the repository root: ``python -m benchmarks.decode_attention [--contexts 8192] [--batches 1 8] [--ladders int4]
+[--outliers topk]``.
 """
 
 from __future__ import annotations
@@ -68,12 +69,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ladders", nargs="+", default=list(common.LADDERS))
+    parser.add_argument("--outliers", default="none", help="the outlier policy: none, sigma, topk")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--block-pages", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = common.copy_bandwidth()
+    paging = {"page_size": options.page_size, "block_pages": options.block_pages}
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
     rows, fp16 = [], {}
     for batch in options.batches:
@@ -83,18 +86,17 @@ def main() -> None:
             best = min(times.values())
             print(f"{batch} x {context}: FP16 {best:.1f} us " + " ".join(f"{k}={v:.1f}" for k, v in times.items()))
             for ladder in options.ladders:
-                row = measure(
-                    ladder, batch, context, best, bandwidth, page_size=options.page_size, block_pages=options.block_pages
-                )
+                row = measure(ladder, batch, context, best, bandwidth, outliers=options.outliers, **paging)
                 rows.append(row)
                 print(
                     f"  {ladder:8s} {row['us']:8.1f} us  {row['times_fp16']:5.2f} x FP16 {row['percent_of_floor']:5.1f} % floor"
                     f"  {row['bits_a_value']:6.3f} bits  eager {row['eager_us']:.0f} us  error {row['error']:.1e}",
                     flush=True,
                 )
-    facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "page_size": options.page_size, "block_pages": options.block_pages}
-    common.keep("decode_attention", options.out, facts, rows)
-    draw(rows, options.out / "decode_attention.png")
+    facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "outliers": options.outliers, **paging}
+    name = "decode_attention" + ("" if options.outliers == "none" else f"-{options.outliers}")
+    common.keep(name, options.out, facts, rows)
+    draw(rows, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":
