@@ -74,6 +74,9 @@ def inline_asm(
         results = [halves[:, i].astype(np.float32) for i in range(2)]
     elif "cvt.rn.f16x2.e4m3x2" in asm:
         results = e4m3(arrays[0])
+    elif name in ("sub.rn.f16x2", "set.eq.f16x2.f16x2"):
+        a, b = (np.ascontiguousarray(x.astype(np.int32)).view(np.float16) for x in arrays)
+        results = [(a - b if name.startswith("sub") else (a == b).astype(np.float16)).view(np.int32)]
     elif "sub.rn.f16x2" in asm:
         halves = as_bytes(arrays[0], np.int8).astype(np.float16)
         results = [np.ascontiguousarray(halves[:, i : i + 2]).view(np.int32)[:, 0] for i in (0, 2)]

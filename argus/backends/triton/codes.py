@@ -12,6 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from argus.backends.triton.lane_outliers import (
+    AT_ONCE,
+    _eight,
+    _exact_of,
+    _key_factors,
+    _more,
+    _parts_of,
+    _value_factors,
+    _within,
+)
 from argus.backends.triton.lanes import (
     LOG2E,
     REACH,
@@ -200,11 +210,12 @@ def _codes_share(
     q_ptr, run, at, where, mask, lowest, cap, begin, end,
     P: tl.constexpr, D: tl.constexpr, KBITS: tl.constexpr, KG: tl.constexpr, KSYM: tl.constexpr,
     VBITS: tl.constexpr, VSYM: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
-    FIELDS: tl.constexpr, PREFETCH: tl.constexpr,
+    FIELDS: tl.constexpr, PREFETCH: tl.constexpr, KEXACT: tl.constexpr, VEXACT: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for blocks `begin` to `end` of 64 tokens.
 
-    run: table and positions of pages; at: where average and log-sum-exp go; where: head, first row, rows.
+    run: table and positions of pages, and outliers of keys and of values, if KEXACT and VEXACT; at: where average and
+    log-sum-exp go; where: head, first row, rows.
     """
     table_ptr = run[0]
     inner = where[0]
@@ -216,6 +227,7 @@ def _codes_share(
     # Rows beyond the last repeat it; nothing of them is stored.
     q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
     q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
+    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     offset_total = tl.zeros((32,), tl.float32)
@@ -268,6 +280,22 @@ def _codes_share(
             # The lane's numbers times its row's, for codes at this place.
             factor = unscale * _unit((i + 1) * (D // 8) - 1, KBITS, D)
             x = x + ((c[0] * 256 + c[1]).to(tl.float32) * factor, (c[2] * 256 + c[3]).to(tl.float32) * factor)
+        if KEXACT:
+            n, last = _exact_of(run[2], tl.load(run[1] + page) // P, inner)
+            if PER_PAGE > 1:
+                n, last = _within(run[2], n, last, block * (64 * D), (block + 1) * (64 * D))
+            codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
+            for k in range(n, last, AT_ONCE):
+                one = _eight(
+                    run[2], k, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
+                    2, KBITS, False, KG, KSYM, True, tl.uint8,
+                )  # fmt: skip
+                other = _eight(
+                    run[2], k + 8, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
+                    2, KBITS, False, KG, KSYM, True, tl.uint8,
+                )  # fmt: skip
+                f = _key_factors(one, other, own_row, 8 * g, 1.0 if CAPPED else LOG2E)
+                x = _more(x, f, 8, 0, 1, 2)
         if EXACT:
             marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
         if MASK:
@@ -302,6 +330,7 @@ def _codes_share(
         total = total * keep
         offset_total = offset_total * keep
         weights = ()
+        shares = ()
         size = tl.zeros((32,), tl.float32)
         for i in tl.static_range(8):
             p = tl.exp2(scores[i] - safe)
@@ -311,6 +340,8 @@ def _codes_share(
             w = p * scale[i]
             size = tl.maximum(size, w)
             weights = weights + (w,)
+            if VEXACT:
+                shares = shares + (_parts_of(p),)
         size = tl.maximum(_most(size), 1e-30)
         inverse = REACH / size
         unscale = size * (1.0 / REACH)
@@ -330,6 +361,22 @@ def _codes_share(
                 acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * factor,
             )
         acc = new
+        if VEXACT:
+            n, last = _exact_of(run[3], tl.load(run[1] + page) // P, inner)
+            if PER_PAGE > 1:
+                n, last = _within(run[3], n, last, block * (64 * D), (block + 1) * (64 * D))
+            codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
+            for k in range(n, last, AT_ONCE):
+                one = _eight(
+                    run[3], k, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
+                    2, VBITS, True, D, VSYM, True, tl.uint8,
+                )  # fmt: skip
+                other = _eight(
+                    run[3], k + 8, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
+                    2, VBITS, True, D, VSYM, True, tl.uint8,
+                )  # fmt: skip
+                f = _value_factors(one, other, shares, 16 * t, 16 * t + 8, g, 8, 1)
+                acc = _more(acc, f, D // 8, 0, 8, 16)
         if PREFETCH:
             keys = next_keys
             values = next_values

@@ -38,7 +38,7 @@ def _share(
         _codes_share(
             q_ptr, source, at, where, mask, lowest, cap, begin, end,
             C[0], D, C[1], C[2], C[3], C[4], C[5], C[6], C[7],
-            CAPPED, FIELDS, C[8],
+            CAPPED, FIELDS, C[8], C[9], C[10],
         )  # fmt: skip
     elif SHARE == FEW:
         _few_share(q_ptr, source, at, where, mask, lowest, cap, begin, end, C[0], D, C[1], C[2], CAPPED, FIELDS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from argus.attention import Query
 from argus.backends.base import Affine, Dense, Float8, Plain
+from argus.backends.rows import ExactRows
 from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
 from argus.backends.triton.dispatch import Dispatch, constants
@@ -152,7 +153,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
             facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded, part.count is not None)
             return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
-    if part.patched:
+    if part.patched and not in_codes(query, part):
         return Job(part, "any", part.pages)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
@@ -163,6 +164,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
     if in_codes(query, part):
         early = tuning.prefetch(key.bits, value.bits, dim)
         facts = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
+        facts += part.exactly
         return Job(part, "codes", part.pages * (page // layout.BLOCK), facts, tuning.codes(key.bits, value.bits))
     tiles = tuning.half_tiles(dim, part.pages)
     if in_book(part, dim):
@@ -275,12 +277,21 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     part = job.part
     if isinstance(part, Run):
         found = (part.table, part.positions, *part.laid)
+        if part.patched:
+            found += tuple(_exact(part, exact) for exact in part.outliers)
         return (*found, *_turns(query, part)) if job.share == "book" else found
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
     counts = (keys.shape[2], part.start, *keys.stride()[:3], *values.stride()[:3])
     scales = (x.contiguous() for x in part.scales or ())
     return (keys, values, placed, *(odd(count) for count in counts), *scales, *(() if part.count is None else (part.count,)))
+
+
+def _exact(run: Run, exact: ExactRows | None) -> tuple[Any, ...]:
+    """Outliers of a role; of a role that has none, what is not read."""
+    if exact is None:
+        return (odd(0), run.table, run.table, run.table)
+    return (odd(exact.first), *exact.tensors())
 
 
 def _turns(query: Query, run: Run) -> tuple[Tensor, ...]:

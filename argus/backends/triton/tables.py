@@ -81,9 +81,14 @@ class Run:
         return (self.key_form, self.keys), (self.value_form, self.values)
 
     @property
+    def exactly(self) -> tuple[bool, bool]:
+        """Whether keys, and values, have outliers."""
+        return self.outliers[0] is not None, self.outliers[1] is not None
+
+    @property
     def patched(self) -> bool:
         """Whether pages have outliers."""
-        return self.outliers != (None, None)
+        return any(self.exactly)
 
 
 def in_projection(form: object, payload: Payload, page: int) -> bool:

@@ -1,0 +1,178 @@
+"""Outliers for lanes: what exact numbers add to a warp's scores and answers, beside what codes say at their places.
+
+Scores of tokens get ``q[channel] * (exact - decoded)``, answers ``p[token] * (exact - decoded)``. Sixteen outliers at a time
+are the inner side of a product on ``mma.m16n8k16``: its first factor says which token, or channel, each is of, by comparing
+small integers as FP16 numbers; its second is what they add for four rows, each as two FP16 parts, high and low, in
+neighbouring columns. Lane ``4 g + t`` works out outliers ``g`` and ``8 + g`` for row ``t``.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+from argus.backends.triton.lanes import _mma16, _short, _transposed, _xor
+from argus.backends.triton.outliers import _row_of
+from argus.backends.triton.products import _packed
+from argus.backends.triton.reading import _tile
+
+AT_ONCE = tl.constexpr(16)
+"""Outliers of one product."""
+LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
+"""What outliers add is kept as so many times FP16 numbers, at most the highest."""
+
+
+@triton.constexpr_function
+def _twice(number):
+    """A small integer as two FP16 numbers in a word."""
+    return int.from_bytes(struct.pack("<e", number) * 2, "little")
+
+
+@triton.jit
+def _pair(x):
+    """Small integers as two equal FP16 numbers in a word."""
+    return _packed(x.to(tl.float32), x.to(tl.float32))
+
+
+@triton.jit
+def _less(a, b):
+    """Differences of two FP16 in a word each."""
+    return tl.inline_asm_elementwise("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _are(a, NUMBER: tl.constexpr):
+    """Which of two FP16 are a number: ones and zeros."""
+    b = tl.full((32,), _twice(NUMBER), tl.int32)
+    return tl.inline_asm_elementwise("set.eq.f16x2.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _parts_of(x):
+    """Numbers of row t, of eight tokens or outliers g, as eight rows of a product's second factor."""
+    high, rest = _short(x, False)
+    low, none = _short(rest, False)
+    return _transposed(high | (low << 16))
+
+
+@triton.jit
+def _factor(x):
+    """What outliers g add for row t, as :func:`_placed` takes it."""
+    return _parts_of(tl.minimum(tl.maximum(x * (1 / LARGE), -HIGHEST), HIGHEST))
+
+
+@triton.jit
+def _exact_of(kept, page, inner):
+    """Where the outliers of a page and head begin and end; kept: the first page that has any, ends, places and numbers."""
+    return _row_of(kept[1], (page - ((kept[0] - 3) >> 1)).to(tl.int64) * tl.num_programs(1) + inner)
+
+
+@triton.jit
+def _within(kept, begin, end, low, high):
+    """The part of outliers `begin` to `end` whose places are at least `low` and below `high`."""
+    before = tl.zeros((32,), tl.int32)
+    until = tl.zeros((32,), tl.int32)
+    for n in range(begin, end, 32):
+        at = n + tl.arange(0, 32)
+        place = tl.load(kept[2] + at, mask=at < end, other=32767).to(tl.int32)
+        before += tl.where((at < end) & (place < low), 1, 0)
+        until += tl.where((at < end) & (place < high), 1, 0)
+    return begin + tl.sum(before, 0), begin + tl.sum(until, 0)
+
+
+@triton.jit
+def _eight(
+    kept, n, end, codes, mean, first, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Of outliers `n` to `n` + 7 before `end`: tokens from `first` on, channels, and exact numbers less decoded ones.
+
+    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, and `mean` that of its
+    means. FACTOR: of what they give back.
+    """
+    lane = tl.arange(0, 32)
+    at = n + lane // 4
+    held = at < end
+    place = tl.load(kept[2] + at, mask=held, other=0).to(tl.int32)
+    token = place // D
+    channel = place % D
+    number = tl.load(kept[3] + at, mask=held, other=0.0).to(tl.float32)
+    if ROWS:
+        decoded = tl.zeros((32,), tl.float32)
+        for i in tl.static_range((ROWS + 3) // 4):
+            row = 4 * i + lane % 4
+            seen = held & (row < ROWS)
+            c = _tile(
+                codes[0], codes[1], codes[2], codes[0], row, channel, seen, inner, ROWS, D,
+                KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
+            )  # fmt: skip
+            decoded += c * tl.load(kept[4] + row * P + token, mask=seen, other=0.0)
+        decoded += _xor(decoded, 1)
+        decoded += _xor(decoded, 2)
+        means = mean.to(tl.pointer_type(tl.float16)) + inner * D
+        decoded = decoded * FACTOR + tl.load(means + channel, mask=held, other=0.0).to(tl.float32)
+    else:
+        decoded = _tile(
+            codes[0], codes[1], codes[2], codes[0], token, channel, held, inner, P, D,
+            KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
+        )  # fmt: skip
+    return token - first, channel, tl.where(held, number - decoded, 0.0)
+
+
+@triton.jit
+def _key_factors(one, other, q_row, base, UNIT: tl.constexpr):
+    """Of 16 outliers of keys: their tokens less `base`, a number a lane, and the second factor, for queries at `q_row`.
+
+    UNIT: what a score of 1 is.
+    """
+    near = _less(_transposed(_pair(one[0])), _pair(base))
+    far = _less(_transposed(_pair(other[0])), _pair(base))
+    b0 = _factor(tl.load(q_row + one[1]) * (one[2] * UNIT))
+    b1 = _factor(tl.load(q_row + other[1]) * (other[2] * UNIT))
+    return near, far, b0, b1
+
+
+@triton.jit
+def _value_factors(one, other, weigh, base, above, channel_base, N: tl.constexpr, STEP: tl.constexpr):
+    """Of 16 outliers of values: their channels less `channel_base`, a number a lane, and the second factor.
+
+    weigh: N words of weights as the second factor of products, of tokens `base` + STEP * i of lanes 2 t; `above` of lanes
+    2 t + 1.
+    """
+    steps = _packed(base.to(tl.float32), above.to(tl.float32))
+    near = _less(_pair(one[0]), steps)
+    far = _less(_pair(other[0]), steps)
+    zero = tl.zeros((32,), tl.float32)
+    p = (zero, zero, zero, zero)
+    for i in tl.static_range(N // 2):
+        p = _mma16(
+            _are(near, 2 * i * STEP), _are(far, 2 * i * STEP), _are(near, (2 * i + 1) * STEP), _are(far, (2 * i + 1) * STEP),
+            weigh[2 * i], weigh[2 * i + 1], p, False,
+        )  # fmt: skip
+    b0 = _factor((p[0] + p[1]) * one[2])
+    b1 = _factor((p[2] + p[3]) * other[2])
+    near = _less(_transposed(_pair(one[1])), _pair(channel_base))
+    far = _less(_transposed(_pair(other[1])), _pair(channel_base))
+    return near, far, b0, b1
+
+
+@triton.jit
+def _placed(f, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """What 16 outliers add where theirs is FIRST, and where it is SECOND, for row t."""
+    zero = tl.zeros((32,), tl.float32)
+    none = (zero, zero, zero, zero)
+    c = _mma16(_are(f[0], FIRST), _are(f[0], SECOND), _are(f[1], FIRST), _are(f[1], SECOND), f[2], f[3], none, False)
+    return (c[0] + c[1]) * LARGE, (c[2] + c[3]) * LARGE
+
+
+@triton.jit
+def _more(x, f, N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr):
+    """N numbers a lane and what 16 outliers add to them; those of `x` are, in turn, of FIRST + STEP i and SECOND + STEP i."""
+    y = ()
+    for i in tl.static_range(N // 2):
+        added = _placed(f, FIRST + STEP * i, SECOND + STEP * i)
+        y = y + (x[2 * i] + added[0], x[2 * i + 1] + added[1])
+    return y
