@@ -8,8 +8,6 @@ neighbouring columns. Lane ``4 g + t`` works out outliers ``g`` and ``8 + g`` fo
 
 from __future__ import annotations
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -27,7 +25,9 @@ LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 @triton.constexpr_function
 def _twice(number):
     """A small integer as two FP16 numbers in a word."""
-    return int.from_bytes(struct.pack("<e", number) * 2, "little")
+    power = number.bit_length() - 1
+    half = 0 if number == 0 else (power + 15 << 10) + ((number << 10 >> power) & 1023)
+    return half << 16 | half
 
 
 @triton.jit
