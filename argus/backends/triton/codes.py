@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lane_outliers import (
-    AT_ONCE,
+    _beyond,
     _eight,
-    _exact_of,
+    _exact_rows,
+    _fetch_exact,
     _key_factors,
     _more,
     _parts_of,
+    _read,
     _value_factors,
     _within,
 )
@@ -243,6 +245,8 @@ def _codes_share(
     if PREFETCH:
         keys = _load_block(keys_at, lane, KBITS, D)
         values = _load_block(values_at, lane, VBITS, D)
+    if KEXACT or VEXACT:
+        k_exact, v_exact = _exact_rows(run, begin // PER_PAGE, inner, P, KEXACT, VEXACT)
     for unit in range(begin, end):
         page = unit // PER_PAGE
         block = unit % PER_PAGE
@@ -255,6 +259,8 @@ def _codes_share(
         place = inner * PER_PAGE + following % PER_PAGE
         keys_at = tl.load(next_of) + place * (8 * D * KBITS)
         values_at = tl.load(next_of + 3) + place * (8 * D * VBITS)
+        if KEXACT or VEXACT:
+            next_k_exact, next_v_exact = _exact_rows(run, following // PER_PAGE, inner, P, KEXACT, VEXACT)
         if PREFETCH:
             next_keys = _load_block(keys_at, lane, KBITS, D)
             next_values = _load_block(values_at, lane, VBITS, D)
@@ -281,21 +287,20 @@ def _codes_share(
             factor = unscale * _unit((i + 1) * (D // 8) - 1, KBITS, D)
             x = x + ((c[0] * 256 + c[1]).to(tl.float32) * factor, (c[2] * 256 + c[3]).to(tl.float32) * factor)
         if KEXACT:
-            n, last = _exact_of(run[2], tl.load(run[1] + page) // P, inner)
             if PER_PAGE > 1:
-                n, last = _within(run[2], n, last, block * (64 * D), (block + 1) * (64 * D))
+                k_exact = _within(run[2], k_exact[0], k_exact[1], block * (64 * D), (block + 1) * (64 * D))
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
-            for k in range(n, last, AT_ONCE):
-                one = _eight(
-                    run[2], k, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
-                    2, KBITS, False, KG, KSYM, True, tl.uint8,
-                )  # fmt: skip
-                other = _eight(
-                    run[2], k + 8, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
-                    2, KBITS, False, KG, KSYM, True, tl.uint8,
-                )  # fmt: skip
-                f = _key_factors(one, other, own_row, 8 * g, 1.0 if CAPPED else LOG2E)
-                x = _more(x, f, 8, 0, 1, 2)
+            read = _read(run[2], k_exact[0], k_exact[1])
+            for n in range(k_exact[0], k_exact[1], 32):
+                following_read = _read(run[2], n + 32, k_exact[1])
+                beyond = _beyond(
+                    run[2], read, codes, 0, inner, P, D, 0, 1.0, 2, KBITS, False, KG, KSYM, True, tl.uint8
+                )
+                for j in tl.static_range(2):
+                    one = _eight(read, beyond, block * 64, 2 * j, D)
+                    other = _eight(read, beyond, block * 64, 2 * j + 1, D)
+                    x = _more(x, _key_factors(one, other, own_row, 8 * g, 1.0 if CAPPED else LOG2E), 8, 0, 1, 2)
+                read = following_read
         if EXACT:
             marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
         if MASK:
@@ -362,21 +367,24 @@ def _codes_share(
             )
         acc = new
         if VEXACT:
-            n, last = _exact_of(run[3], tl.load(run[1] + page) // P, inner)
             if PER_PAGE > 1:
-                n, last = _within(run[3], n, last, block * (64 * D), (block + 1) * (64 * D))
+                v_exact = _within(run[3], v_exact[0], v_exact[1], block * (64 * D), (block + 1) * (64 * D))
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
-            for k in range(n, last, AT_ONCE):
-                one = _eight(
-                    run[3], k, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
-                    2, VBITS, True, D, VSYM, True, tl.uint8,
-                )  # fmt: skip
-                other = _eight(
-                    run[3], k + 8, last, codes, 0, block * 64, inner, P, D, 0, 1.0,
-                    2, VBITS, True, D, VSYM, True, tl.uint8,
-                )  # fmt: skip
-                f = _value_factors(one, other, shares, 16 * t, 16 * t + 8, g, 8, 1)
-                acc = _more(acc, f, D // 8, 0, 8, 16)
+            read = _read(run[3], v_exact[0], v_exact[1])
+            for n in range(v_exact[0], v_exact[1], 32):
+                following_read = _read(run[3], n + 32, v_exact[1])
+                beyond = _beyond(
+                    run[3], read, codes, 0, inner, P, D, 0, 1.0, 2, VBITS, True, D, VSYM, True, tl.uint8
+                )
+                for j in tl.static_range(2):
+                    one = _eight(read, beyond, block * 64, 2 * j, D)
+                    other = _eight(read, beyond, block * 64, 2 * j + 1, D)
+                    acc = _more(acc, _value_factors(one, other, shares, 16 * t, 16 * t + 8, g, 8, 1), D // 8, 0, 8, 16)
+                read = following_read
+        if KEXACT or VEXACT:
+            k_exact = next_k_exact
+            v_exact = next_v_exact
+            _fetch_exact(run[2], k_exact[0], k_exact[1], run[3], v_exact[0], v_exact[1])
         if PREFETCH:
             keys = next_keys
             values = next_values

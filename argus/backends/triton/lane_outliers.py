@@ -3,7 +3,7 @@
 Scores of tokens get ``q[channel] * (exact - decoded)``, answers ``p[token] * (exact - decoded)``. Sixteen outliers at a time
 are the inner side of a product on ``mma.m16n8k16``: its first factor says which token, or channel, each is of, by comparing
 small integers as FP16 numbers; its second is what they add for four rows, each as two FP16 parts, high and low, in
-neighbouring columns. Lane ``4 g + t`` works out outliers ``g`` and ``8 + g`` for row ``t``.
+neighbouring columns. A lane reads one outlier; then lane ``4 g + t`` works out those of lanes ``g`` and ``8 + g`` for row ``t``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lanes import _mma16, _short, _transposed, _xor
+from argus.backends.triton.lanes import _fetch, _from_lane, _mma16, _short, _transposed
 from argus.backends.triton.outliers import _row_of
 from argus.backends.triton.products import _packed
 from argus.backends.triton.reading import _tile
 
-AT_ONCE = tl.constexpr(16)
-"""Outliers of one product."""
 LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 """What outliers add is kept as so many times FP16 numbers, at most the highest."""
 
@@ -64,9 +62,32 @@ def _factor(x):
 
 
 @triton.jit
-def _exact_of(kept, page, inner):
+def _exact_of(kept, page, inner, HELD: tl.constexpr):
     """Where the outliers of a page and head begin and end; kept: the first page that has any, ends, places and numbers."""
-    return _row_of(kept[1], (page - ((kept[0] - 3) >> 1)).to(tl.int64) * tl.num_programs(1) + inner)
+    begin = tl.full((), 0, tl.int32)
+    end = begin
+    if HELD:
+        begin, end = _row_of(kept[1], (page - ((kept[0] - 3) >> 1)).to(tl.int64) * tl.num_programs(1) + inner)
+    return begin, end
+
+
+@triton.jit
+def _exact_rows(run, number, inner, P: tl.constexpr, KEXACT: tl.constexpr, VEXACT: tl.constexpr):
+    """The same of a page of a run, for keys and for values."""
+    page = tl.load(run[1] + number) // P
+    return _exact_of(run[2], page, inner, KEXACT), _exact_of(run[3], page, inner, VEXACT)
+
+
+@triton.jit
+def _fetch_exact(keys, k_begin, k_end, values, v_begin, v_end):
+    """Bring outliers of a page, some hundred, to the L2 cache."""
+    lane = tl.arange(0, 32)
+    at = lane % 4 * 64
+    k_at = tl.maximum(tl.minimum(k_begin + at, k_end - 1), 0)
+    v_at = tl.maximum(tl.minimum(v_begin + at, v_end - 1), 0)
+    places = tl.where(lane < 16, (keys[2] + k_at).to(tl.int64), (values[2] + v_at).to(tl.int64))
+    numbers = tl.where(lane < 16, (keys[3] + k_at).to(tl.int64), (values[3] + v_at).to(tl.int64))
+    _fetch(tl.where(lane % 16 < 8, places, numbers))
 
 
 @triton.jit
@@ -83,43 +104,50 @@ def _within(kept, begin, end, low, high):
 
 
 @triton.jit
-def _eight(
-    kept, n, end, codes, mean, first, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+def _read(kept, n, end):
+    """Places and numbers of outliers `n` to `n` + 31 before `end`, one a lane."""
+    at = n + tl.arange(0, 32)
+    place = tl.load(kept[2] + at, mask=at < end, other=0).to(tl.int32)
+    return place, tl.load(kept[3] + at, mask=at < end, other=0.0).to(tl.float32), at < end
+
+
+@triton.jit
+def _beyond(
+    kept, read, codes, mean, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
     FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Of outliers `n` to `n` + 7 before `end`: tokens from `first` on, channels, and exact numbers less decoded ones.
+    """By how much exact numbers that were read are beyond decoded ones.
 
     codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, and `mean` that of its
     means. FACTOR: of what they give back.
     """
-    lane = tl.arange(0, 32)
-    at = n + lane // 4
-    held = at < end
-    place = tl.load(kept[2] + at, mask=held, other=0).to(tl.int32)
-    token = place // D
-    channel = place % D
-    number = tl.load(kept[3] + at, mask=held, other=0.0).to(tl.float32)
+    token = read[0] // D
+    channel = read[0] % D
     if ROWS:
         decoded = tl.zeros((32,), tl.float32)
-        for i in tl.static_range((ROWS + 3) // 4):
-            row = 4 * i + lane % 4
-            seen = held & (row < ROWS)
+        for row in tl.static_range(ROWS):
             c = _tile(
-                codes[0], codes[1], codes[2], codes[0], row, channel, seen, inner, ROWS, D,
+                codes[0], codes[1], codes[2], codes[0], row, channel, read[2], inner, ROWS, D,
                 KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
             )  # fmt: skip
-            decoded += c * tl.load(kept[4] + row * P + token, mask=seen, other=0.0)
-        decoded += _xor(decoded, 1)
-        decoded += _xor(decoded, 2)
+            decoded += c * tl.load(kept[4] + row * P + token)
         means = mean.to(tl.pointer_type(tl.float16)) + inner * D
-        decoded = decoded * FACTOR + tl.load(means + channel, mask=held, other=0.0).to(tl.float32)
+        decoded = decoded * FACTOR + tl.load(means + channel).to(tl.float32)
     else:
         decoded = _tile(
-            codes[0], codes[1], codes[2], codes[0], token, channel, held, inner, P, D,
+            codes[0], codes[1], codes[2], codes[0], token, channel, read[2], inner, P, D,
             KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
         )  # fmt: skip
-    return token - first, channel, tl.where(held, number - decoded, 0.0)
+    return tl.where(read[2], read[1] - decoded, 0.0)
+
+
+@triton.jit
+def _eight(read, beyond, first, J: tl.constexpr, D: tl.constexpr):
+    """Of outlier 8 J + g its token, from `first` on, its channel, and by how much it is beyond what is decoded."""
+    lane = tl.arange(0, 32) // 4 + 8 * J
+    place = _from_lane(read[0].to(tl.float32, bitcast=True), lane).to(tl.int32, bitcast=True)
+    return place // D - first, place % D, _from_lane(beyond, lane)
 
 
 @triton.jit
