@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
     DEVICE,
     FORMS,
     Case,
+    Kept,
     KeptProjection,
     assembly as assembly,
     poison as poison,
@@ -20,8 +22,12 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
 
 from argus.attention import Query
 from argus.backends.base import Affine, Plain, Segment
+from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch
 from argus.backends.triton.backend import TritonBackend
+from argus.build import build
+from argus.config import load_cache_config
+from argus.engine import LayerCache
 
 
 def check(case: Case, query: Query | None = None, bound: float = BOUND) -> None:
@@ -83,7 +89,7 @@ def test_one_role(roles: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("share", [0.0001, 0.6])
 def test_few_and_many(share: float) -> None:
     """Some rows with none, and rows with more than are taken at once."""
-    case = spiky("int2", "int2-token", share, counts=(2,), batch=1)
+    case = spiky("int2", "int2-token", share, counts=(2,), batch=1, heads=1 if share > 0.5 else 2)
     counts = case.segments[0].outliers["keys"].counts
     assert bool((counts == 0).any()) == (share < 0.01)
     assert bool((counts > 2000).any()) == (share > 0.5)
@@ -129,3 +135,35 @@ def test_one_stage_is_one_run() -> None:
     [job] = launch.plan(case.query, TritonBackend().tables.of(case.segments).runs)
     assert job.share == "codes"
     assert job.part.pages == 5
+
+
+@pytest.mark.parametrize(("dim", "page"), [(64, 64), (128, 128)])
+def test_stages_with_few_pages(dim: int, page: int) -> None:
+    """Codes of any width in one table, read by one share."""
+    case = Case(Plain(), Plain(), dim=dim, page=page, counts=(3,), batch=1, heads=1)
+    case.segments = []
+    for place, (key, value) in enumerate((("int8", "int8-token"), ("int4", "int2-token"), ("sign", "sign-token"))):
+        tiers = [Kept(case.backend, FORMS[form]) for form in (key, value)]
+        keys, values = (tier.encode(case.random(1, 1, 1, page, dim)) for tier in tiers)
+        first = torch.tensor([place * page], device=DEVICE)
+        case.segments.append(Segment(*tiers, keys, values, first, (place + 1) * page - 1, page))
+    outliers = spiked(case.segments)[0].outliers
+    case.segments = [replace(segment, outliers=outliers) for segment in case.segments]
+    [job] = launch.plan(case.query, case.backend.tables.of(case.segments).runs)
+    assert job.share == "few"
+    check(case)
+
+
+def test_a_whole_ladder() -> None:
+    """All stages, anchors and outliers of a layer's cache, by one launch, against the CPU backend on the same pages."""
+    chosen = load_cache_config(["tiers=default", "backend=triton", "outliers=topk", "tiers.block_pages=5"])
+    layer = LayerCache(build(chosen, 64, torch.float16, DEVICE))
+    generator = torch.Generator().manual_seed(1)
+    layer.write(*torch.randn(2, 1, 1, 1100, 64, generator=generator).half().to(DEVICE))
+    layer.age()
+    query = Query.of(torch.randn(1, 2, 1, 64, generator=generator).half().to(DEVICE), 1, 0.125, layer.length)
+    assert len(set(layer.where)) == 7
+    jobs = launch.plan(query, layer.plan.backend.tables.of(layer.segments()).runs)
+    assert {job.share for job in jobs} == {"few", "pages", "projected"}
+    found, want = layer.attend(query), CpuBackend().attend(query, layer.segments(), layer.dense())
+    assert float((found - want).norm() / want.norm()) <= BOUND

@@ -13,15 +13,11 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lane_outliers import (
-    _beyond,
-    _eight,
     _exact_rows,
     _fetch_exact,
-    _key_factors,
-    _more,
+    _more_answers,
+    _more_scores,
     _parts_of,
-    _read,
-    _value_factors,
     _within,
 )
 from argus.backends.triton.lanes import (
@@ -290,17 +286,10 @@ def _codes_share(
             if PER_PAGE > 1:
                 k_exact = _within(run[2], k_exact[0], k_exact[1], block * (64 * D), (block + 1) * (64 * D))
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
-            read = _read(run[2], k_exact[0], k_exact[1])
-            for n in range(k_exact[0], k_exact[1], 32):
-                following_read = _read(run[2], n + 32, k_exact[1])
-                beyond = _beyond(
-                    run[2], read, codes, 0, inner, P, D, 0, 1.0, 2, KBITS, False, KG, KSYM, True, tl.uint8
-                )
-                for j in tl.static_range(2):
-                    one = _eight(read, beyond, block * 64, 2 * j, D)
-                    other = _eight(read, beyond, block * 64, 2 * j + 1, D)
-                    x = _more(x, _key_factors(one, other, own_row, 8 * g, 1.0 if CAPPED else LOG2E), 8, 0, 1, 2)
-                read = following_read
+            x = _more_scores(
+                x, run[2], k_exact, codes, 0, block * 64, inner, own_row, 8 * g, 8, 1, 2, 1.0 if CAPPED else LOG2E,
+                P, D, 0, 1.0, 2, KBITS, False, KG, KSYM, True, tl.uint8,
+            )  # fmt: skip
         if EXACT:
             marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
         if MASK:
@@ -370,17 +359,10 @@ def _codes_share(
             if PER_PAGE > 1:
                 v_exact = _within(run[3], v_exact[0], v_exact[1], block * (64 * D), (block + 1) * (64 * D))
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
-            read = _read(run[3], v_exact[0], v_exact[1])
-            for n in range(v_exact[0], v_exact[1], 32):
-                following_read = _read(run[3], n + 32, v_exact[1])
-                beyond = _beyond(
-                    run[3], read, codes, 0, inner, P, D, 0, 1.0, 2, VBITS, True, D, VSYM, True, tl.uint8
-                )
-                for j in tl.static_range(2):
-                    one = _eight(read, beyond, block * 64, 2 * j, D)
-                    other = _eight(read, beyond, block * 64, 2 * j + 1, D)
-                    acc = _more(acc, _value_factors(one, other, shares, 16 * t, 16 * t + 8, g, 8, 1), D // 8, 0, 8, 16)
-                read = following_read
+            acc = _more_answers(
+                acc, run[3], v_exact, codes, 0, block * 64, inner, shares, 16 * t, 16 * t + 8, g, 8, 1, D // 8, 8, 16, D, 0,
+                P, D, 0, 1.0, 2, VBITS, True, D, VSYM, True, tl.uint8,
+            )  # fmt: skip
         if KEXACT or VEXACT:
             k_exact = next_k_exact
             v_exact = next_v_exact

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.codes import _answered, _fold, _quarters
+from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _parts_of, _within
 from argus.backends.triton.lanes import (
     LOG2E,
     REACH,
@@ -44,10 +45,12 @@ def _operand_of(base, first, bits, flip, D: tl.constexpr):
 def _few_share(
     q_ptr, run, at, where, mask, lowest, cap, begin, end,
     P: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    KEXACT: tl.constexpr, VEXACT: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for units `begin` to `end` of 32 tokens.
 
-    run: table and positions of pages; at: where average and log-sum-exp go; where: head, first row, rows.
+    run: table and positions of pages, and outliers of keys and of values, if KEXACT and VEXACT; at: where average and
+    log-sum-exp go; where: head, first row, rows.
     """
     inner = where[0]
     lane = tl.arange(0, 32)
@@ -58,6 +61,7 @@ def _few_share(
     # Rows beyond the last repeat it; nothing of them is stored.
     q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
     q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
+    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     offset_total = tl.zeros((32,), tl.float32)
@@ -103,6 +107,18 @@ def _few_share(
                 a = _operand_of(keys, half * (D // 4) + i * (D // 8) + 4 * s, k_bits, k_flip, D)
                 c = _mma(a, b[2 * s], b[2 * s + 1], c, False)
             x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
+        if KEXACT or VEXACT:
+            k_exact, v_exact = _exact_rows(run, page, inner, P, KEXACT, VEXACT)
+        if KEXACT:
+            if PER_PAGE > 1:
+                k_exact = _within(run[2], k_exact[0], k_exact[1], block * (64 * D), (block + 1) * (64 * D))
+            x = (x[0] * unscale, x[1] * unscale, x[2] * unscale, x[3] * unscale)
+            unscale = tl.full((32,), 1.0, tl.float32)
+            codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
+            x = _more_scores(
+                x, run[2], k_exact, codes, (k_bits, k_signed, k_group * 64), block * 64, inner, own_row, 8 * g + half * 4,
+                4, 1, 2, 1.0 if CAPPED else LOG2E, P, D, 0, 1.0, 4, 0, False, 0, False, True, tl.uint8,
+            )  # fmt: skip
         if EXACT:
             marks = _load1(tl.load(row_of + 6) + token)
         if MASK:
@@ -129,6 +145,7 @@ def _few_share(
         total = total * keep
         offset_total = offset_total * keep
         weights = ()
+        shares = ()
         size = tl.zeros((32,), tl.float32)
         for i in tl.static_range(4):
             p = tl.exp2(scores[i] - safe)
@@ -137,6 +154,8 @@ def _few_share(
             w = p * scale[i]
             size = tl.maximum(size, w)
             weights = weights + (w,)
+            if VEXACT:
+                shares = shares + (_parts_of(p),)
         size = tl.maximum(_most(size), 1e-30)
         inverse = REACH / size
         unscale = size * (1.0 / REACH)
@@ -154,4 +173,13 @@ def _few_share(
                 acc[2 * i + 1] * keep + (o[2] * 256 + o[3]).to(tl.float32) * unscale,
             )
         acc = new
+        if VEXACT:
+            if PER_PAGE > 1:
+                v_exact = _within(run[3], v_exact[0], v_exact[1], block * (64 * D), (block + 1) * (64 * D))
+            codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
+            token_of = 16 * t + half * 4
+            acc = _more_answers(
+                acc, run[3], v_exact, codes, (v_bits, v_signed, 0), block * 64, inner, shares, token_of, token_of + 8, g, 4, 1,
+                D // 8, 8, 16, D, 0, P, D, 0, 1.0, 4, 0, True, 0, False, True, tl.uint8,
+            )  # fmt: skip
     _answered(at, row, where[2], g, m, total, offset_total, acc, D)

@@ -41,17 +41,17 @@ def _share(
             CAPPED, FIELDS, C[8], C[9], C[10],
         )  # fmt: skip
     elif SHARE == FEW:
-        _few_share(q_ptr, source, at, where, mask, lowest, cap, begin, end, C[0], D, C[1], C[2], CAPPED, FIELDS)
+        _few_share(q_ptr, source, at, where, mask, lowest, cap, begin, end, C[0], D, C[1], C[2], CAPPED, FIELDS, C[3], C[4])
     elif SHARE == PROJECTED:
         _projected_share(
             q_ptr, source, at, where, mask, lowest, latest, cap, begin, end,
-            C[0], D, C[1], C[2], CAPPED, FIELDS,
+            C[0], D, C[1], C[2], CAPPED, FIELDS, C[3], C[4], C[5], C[6],
         )  # fmt: skip
     elif SHARE == PAGES:
         _halves_share(
             q_ptr, source, at, where, mask, lowest, latest, cap, begin, end,
             C[0], D, C[1], C[2], False, False, C[3], C[4], C[5], C[6],
-            C[7], C[8], C[9], CAPPED, FIELDS,
+            C[7], C[8], C[9], CAPPED, FIELDS, C[10], C[11],
         )  # fmt: skip
     elif SHARE == BOOK:
         _book_share(
@@ -80,7 +80,7 @@ def _share(
         _halves_share(
             q_ptr, (keys, values, _number(source[7]), _number(source[10]), placed, tokens, k_scale, v_scale),
             at, where, mask, lowest, latest, cap, begin, end,
-            16, D, 1, C[0], True, C[1], C[3], C[3], D, C[3], D, C[2], False, CAPPED, FIELDS,
+            16, D, 1, C[0], True, C[1], C[3], C[3], D, C[3], D, C[2], False, CAPPED, FIELDS, False, False,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _within
 from argus.backends.triton.lanes import (
     _base2,
     _bytes,
@@ -94,18 +95,20 @@ def _halves_share(
     P: tl.constexpr, D: tl.constexpr, U: tl.constexpr, BF16: tl.constexpr, DENSE: tl.constexpr, PLACED: tl.constexpr,
     CODED: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr,
     MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    KEXACT: tl.constexpr, VEXACT: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for units of 16 U tokens, of pages or of one dense part.
 
-    source: table and positions of pages; or keys and values of this head, their strides a token, positions (or the first),
-    tokens and scales of a dense part (CODED: int8 in rows of D). at: where average and log-sum-exp go. where: head, first row,
-    rows.
+    source: table and positions of pages, and outliers of keys and of values, if KEXACT and VEXACT; or keys and values of this
+    head, their strides a token, positions (or the first), tokens and scales of a dense part (CODED: int8 in rows of D). at:
+    where average and log-sum-exp go. where: head, first row, rows.
     """
     inner = where[0]
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     row = where[1] + t
+    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
     b = _in_parts(_query_rows(q_ptr, where, D), D, BF16)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
@@ -172,6 +175,15 @@ def _halves_share(
                 c = _mma16(even[0], odd[0], even[1], odd[1], b[4 * i], b[4 * i + 1], c, BF16)
                 c = _mma16(even[2], odd[2], even[3], odd[3], b[4 * i + 2], b[4 * i + 3], c, BF16)
             x = x + (c[0] + c[1], c[2] + c[3])
+        if KEXACT or VEXACT:
+            k_exact, v_exact = _exact_rows(source, page, inner, P, KEXACT, VEXACT)
+        if KEXACT:
+            codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
+            k_exact = _within(source[2], k_exact[0], k_exact[1], begin * D, (begin + UNIT) * D)
+            x = _more_scores(
+                x, source[2], k_exact, codes, 0, begin, inner, own_row, g, 2 * U, 8, 16, 1.0,
+                P, D, 0, 1.0, 1 if CODED else 0, 8, KTOKENS, KG, True, False, tl.bfloat16 if BF16 else tl.float16,
+            )  # fmt: skip
         scores = ()
         best = m
         for i in tl.static_range(2 * U):
@@ -200,10 +212,13 @@ def _halves_share(
         m = best
         total = total * keep
         weigh = ()
+        shares = ()
         for i in tl.static_range(2 * U):
             p = tl.exp2(scores[i] - safe)
             total += p
             weigh = weigh + (_weights(p, BF16),)
+            if VEXACT:
+                shares = shares + (_weights(p, False),)
         new = ()
         for h in tl.static_range(D // 64):
             for j in tl.static_range(4):
@@ -222,6 +237,21 @@ def _halves_share(
                     )  # fmt: skip
                 new = new + (c,)
         acc = new
+        if VEXACT:
+            codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
+            v_exact = _within(source[3], v_exact[0], v_exact[1], begin * D, (begin + UNIT) * D)
+            flat = ()
+            for i in tl.static_range(D // 16):
+                flat = flat + (acc[i][0], acc[i][2])
+            flat = _more_answers(
+                flat, source[3], v_exact, codes, 0, begin, inner, shares, 2 * t, 2 * t + 1, g * 8, 2 * U, 8,
+                D // 8, 1, 2, 4, 64, P, D, 0, 1.0, 1 if CODED else 0, 8, VTOKENS, VG, True, False,
+                tl.bfloat16 if BF16 else tl.float16,
+            )  # fmt: skip
+            new = ()
+            for i in tl.static_range(D // 16):
+                new = new + ((flat[2 * i], acc[i][1], flat[2 * i + 1], acc[i][3]),)
+            acc = new
     total = _sum(total)
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < where[2]

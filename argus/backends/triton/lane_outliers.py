@@ -3,7 +3,7 @@
 Scores of tokens get ``q[channel] * (exact - decoded)``, answers ``p[token] * (exact - decoded)``. Sixteen outliers at a time
 are the inner side of a product on ``mma.m16n8k16``: its first factor says which token, or channel, each is of, by comparing
 small integers as FP16 numbers; its second is what they add for four rows, each as two FP16 parts, high and low, in
-neighbouring columns. A lane reads one outlier; then lane ``4 g + t`` works out those of lanes ``g`` and ``8 + g`` for row ``t``.
+neighbouring columns. A lane reads one outlier; then lane ``4 g + t`` works out those of lanes ``8 j + g`` for row ``t``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from argus.backends.triton.lanes import _fetch, _from_lane, _mma16, _short, _transposed
 from argus.backends.triton.outliers import _row_of
 from argus.backends.triton.products import _packed
-from argus.backends.triton.reading import _tile
+from argus.backends.triton.reading import _coded, _tile
 
 LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 """What outliers add is kept as so many times FP16 numbers, at most the highest."""
@@ -26,6 +26,12 @@ def _twice(number):
     power = number.bit_length() - 1
     half = 0 if number == 0 else (power + 15 << 10) + ((number << 10 >> power) & 1023)
     return half << 16 | half
+
+
+@triton.constexpr_function
+def _further(i, per, jump, step):
+    """Of a row of numbers, STEP apart, but for every PER of them JUMP after the first of those before, the i-th."""
+    return i // per * jump + i % per * step
 
 
 @triton.jit
@@ -113,27 +119,31 @@ def _read(kept, n, end):
 
 @triton.jit
 def _beyond(
-    kept, read, codes, mean, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+    kept, read, codes, more, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
     FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """By how much exact numbers that were read are beyond decoded ones.
 
-    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, and `mean` that of its
-    means. FACTOR: of what they give back.
+    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, and `more` that of its
+    means. FACTOR: of what they give back. KIND 4: codes of which `more` tells bits, whether they are signed, and tokens that
+    share a scale.
     """
     token = read[0] // D
     channel = read[0] % D
     if ROWS:
         decoded = tl.zeros((32,), tl.float32)
-        for row in tl.static_range(ROWS):
+        # Not unrolled: sixteen times as much code would take a minute to compile.
+        for row in range(ROWS):
             c = _tile(
                 codes[0], codes[1], codes[2], codes[0], row, channel, read[2], inner, ROWS, D,
                 KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
             )  # fmt: skip
             decoded += c * tl.load(kept[4] + row * P + token)
-        means = mean.to(tl.pointer_type(tl.float16)) + inner * D
+        means = more.to(tl.pointer_type(tl.float16)) + inner * D
         decoded = decoded * FACTOR + tl.load(means + channel).to(tl.float32)
+    elif KIND == 4:
+        decoded = _coded(codes, token, channel, read[2], inner, more[0], more[1], more[2], P, D, TOKENS)
     else:
         decoded = _tile(
             codes[0], codes[1], codes[2], codes[0], token, channel, read[2], inner, P, D,
@@ -143,7 +153,7 @@ def _beyond(
 
 
 @triton.jit
-def _eight(read, beyond, first, J: tl.constexpr, D: tl.constexpr):
+def _eight(read, beyond, first, J, D: tl.constexpr):
     """Of outlier 8 J + g its token, from `first` on, its channel, and by how much it is beyond what is decoded."""
     lane = tl.arange(0, 32) // 4 + 8 * J
     place = _from_lane(read[0].to(tl.float32, bitcast=True), lane).to(tl.int32, bitcast=True)
@@ -197,10 +207,67 @@ def _placed(f, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 
 @triton.jit
-def _more(x, f, N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr):
-    """N numbers a lane and what 16 outliers add to them; those of `x` are, in turn, of FIRST + STEP i and SECOND + STEP i."""
+def _more(
+    x, f, N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, PER: tl.constexpr, JUMP: tl.constexpr
+):  # fmt: skip
+    """N numbers a lane and what 16 outliers add to them.
+
+    Numbers 2 i and 2 i + 1 are of FIRST and SECOND, both STEP further for each i, and JUMP further every PER of them instead.
+    """
     y = ()
     for i in tl.static_range(N // 2):
-        added = _placed(f, FIRST + STEP * i, SECOND + STEP * i)
+        added = _placed(f, FIRST + _further(i, PER, JUMP, STEP), SECOND + _further(i, PER, JUMP, STEP))
         y = y + (x[2 * i] + added[0], x[2 * i + 1] + added[1])
     return y
+
+
+@triton.jit
+def _more_scores(
+    x, kept, exact, codes, more, first, inner, q_row, base, N: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr,
+    UNIT: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Scores of N tokens a lane, and what outliers of keys add to them: see :func:`_more`, :func:`_beyond` for the facts.
+
+    exact: where the outliers begin and end. first: the first token; those of a lane are `base` further.
+    """
+    read = _read(kept, exact[0], exact[1])
+    for n in range(exact[0], exact[1], 32):
+        following = _read(kept, n + 32, exact[1])
+        beyond = _beyond(
+            kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
+        )
+        for j in range(2):
+            one = _eight(read, beyond, first, 2 * j, D)
+            other = _eight(read, beyond, first, 2 * j + 1, D)
+            x = _more(x, _key_factors(one, other, q_row, base, UNIT), N, 0, SECOND, STEP, N, 0)
+        read = following
+    return x
+
+
+@triton.jit
+def _more_answers(
+    x, kept, exact, codes, more, first, inner, weigh, base, above, channel, W: tl.constexpr, BETWEEN: tl.constexpr,
+    N: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, PER: tl.constexpr, JUMP: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Answers in N channels a lane, from `channel` on, and what outliers of values add to them.
+
+    weigh: W words of weights, of tokens as :func:`_value_factors` tells, BETWEEN apart.
+    """
+    read = _read(kept, exact[0], exact[1])
+    for n in range(exact[0], exact[1], 32):
+        following = _read(kept, n + 32, exact[1])
+        beyond = _beyond(
+            kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
+        )
+        for j in range(2):
+            one = _eight(read, beyond, first, 2 * j, D)
+            other = _eight(read, beyond, first, 2 * j + 1, D)
+            f = _value_factors(one, other, weigh, base, above, channel, W, BETWEEN)
+            x = _more(x, f, N, 0, SECOND, STEP, PER, JUMP)
+        read = following
+    return x

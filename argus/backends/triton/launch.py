@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Affine, Dense, Float8, Plain
+from argus.backends.base import Affine, Dense, Float8, Payload, Plain
 from argus.backends.rows import ExactRows
 from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
@@ -153,13 +153,12 @@ def job_of(query: Query, part: Run | Dense) -> Job:
             facts = (part.keys.dtype == torch.bfloat16, part.positions is not None, mask, coded, part.count is not None)
             return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
-    if part.patched and not in_codes(query, part):
-        return Job(part, "any", part.pages)
     if part.members:
-        return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact), tuning.FEW)
+        return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact, *part.exactly), tuning.FEW)
     if all(in_projection(form, kept, part.page) for form, kept in part.roles) and part.key_form.ratio == part.value_form.ratio:
-        rows = part.keys["scale"].shape[-2]
-        return Job(part, "projected", part.pages, (rows, mask, part.exact), tuning.PROJECTED)
+        factors = (form.factor(part.page) for form, _ in part.roles)
+        facts = (part.page // part.key_form.ratio, mask, part.exact, *part.exactly, *factors)
+        return Job(part, "projected", part.pages, facts, tuning.PROJECTED)
     key, value, page = part.key_form, part.value_form, part.page
     if in_codes(query, part):
         early = tuning.prefetch(key.bits, value.bits, dim)
@@ -176,6 +175,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         coded = isinstance(key, Float8)
         scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
         facts = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
+        facts += part.exactly
         cost = tiles * (tuning.EIGHT if coded else tuning.SIXTEEN)
         return Job(part, "pages", part.pages * (page // (16 * tiles)), facts, cost)
     return Job(part, "any", part.pages)
@@ -218,7 +218,8 @@ def in_pages(run: Run, dim: int, unit: int) -> bool:
 
 def in_book(run: Run, dim: int) -> bool:
     """Whether codes of `run` are looked up in registers."""
-    return forms.booked(run.key_form) and forms.booked(run.value_form) and run.page % 16 == 0 and dim % 64 == 0
+    booked = forms.booked(run.key_form) and forms.booked(run.value_form)
+    return booked and not run.patched and run.page % 16 == 0 and dim % 64 == 0
 
 
 def odd(number: int) -> int:
@@ -278,7 +279,7 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     if isinstance(part, Run):
         found = (part.table, part.positions, *part.laid)
         if part.patched:
-            found += tuple(_exact(part, exact) for exact in part.outliers)
+            found += tuple(_exact(part, *one) for one in zip(part.outliers, part.roles, strict=True))
         return (*found, *_turns(query, part)) if job.share == "book" else found
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))
     placed = part.positions.contiguous() if part.positions is not None else keys
@@ -287,11 +288,12 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     return (keys, values, placed, *(odd(count) for count in counts), *scales, *(() if part.count is None else (part.count,)))
 
 
-def _exact(run: Run, exact: ExactRows | None) -> tuple[Any, ...]:
-    """Outliers of a role; of a role that has none, what is not read."""
+def _exact(run: Run, exact: ExactRows | None, role: tuple[Any, Payload]) -> tuple[Any, ...]:
+    """Outliers of a role, and the matrix of projected pages; of a role that has none, what is not read."""
     if exact is None:
-        return (odd(0), run.table, run.table, run.table)
-    return (odd(exact.first), *exact.tensors())
+        return (odd(0), *[run.table] * 4)
+    matrix, _ = forms.archive(role[0], run.page, exact.places)
+    return (odd(exact.first), *exact.tensors(), run.table if matrix is None else matrix)
 
 
 def _turns(query: Query, run: Run) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from argus.backends.triton.lane_outliers import _exact_rows, _fetch_exact, _more_answers, _more_scores
 from argus.backends.triton.lanes import (
     REACH,
     _base2,
@@ -59,13 +60,17 @@ def _parts(x):
 def _projected_share(
     q_ptr, run, result, where, mask, lowest, latest, cap, begin, end,
     M: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr, FIELDS: tl.constexpr,
+    KEXACT: tl.constexpr, VEXACT: tl.constexpr, KFACTOR: tl.constexpr, VFACTOR: tl.constexpr,
 ):  # fmt: skip
     """Answer four rows of one head for pages `begin` to `end`.
 
-    run: table and positions of pages, matrices of keys and of values as ``tables.fragments`` lays them. result: where average
-    and log-sum-exp go. where: head, first row, rows.
+    run: table and positions of pages, matrices of keys and of values as ``tables.fragments`` lays them, and outliers of keys
+    and of values, if KEXACT and VEXACT. result: where average and log-sum-exp go. where: head, first row, rows.
     """
-    table_ptr, positions_ptr, back_ptr, forth_ptr = run
+    table_ptr = run[0]
+    positions_ptr = run[1]
+    back_ptr = run[2]
+    forth_ptr = run[3]
     inner = where[0]
     R = where[2]
     lane = tl.arange(0, 32)
@@ -125,6 +130,8 @@ def _projected_share(
     acc = ()
     for i in tl.static_range(D // 8):
         acc = acc + (tl.zeros((32,), tl.float32),)
+    if KEXACT or VEXACT:
+        k_exact, v_exact = _exact_rows((table_ptr, positions_ptr, run[4], run[5]), begin, inner, 64, KEXACT, VEXACT)
     for page in range(begin, end):
         row_of = table_ptr + page * FIELDS
         codes = tl.load(row_of) + inner * (M * D // 2) + t * (D // 8)
@@ -158,16 +165,27 @@ def _projected_share(
         r0 = _transposed(_parts(r0))
         r1 = _transposed(_parts(r1))
         offset = f[0] + f[1]
-        scores = ()
-        best = m
+        x = ()
         for i in tl.static_range(4):
             f = zero4
             w = _reload4(back + i * 512)
             f = _mma16(w[0], w[1], w[2], w[3], r0, r1, f, False)
+            x = x + (f[0] + f[1] + offset, f[2] + f[3] + offset)
+        if KEXACT or VEXACT:
+            following = tl.minimum(page + 1, end - 1)
+            next_exact = _exact_rows((table_ptr, positions_ptr, run[4], run[5]), following, inner, 64, KEXACT, VEXACT)
+        if KEXACT:
+            codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
+            x = _more_scores(
+                x, run[4], k_exact, codes, tl.load(row_of + 7), 0, inner, q_ptr + (inner * R + held_row) * D, g, 8, 8, 16, 1.0,
+                64, D, M, KFACTOR, 2, 4, True, D, False, False, tl.uint8,
+            )  # fmt: skip
+        scores = ()
+        best = m
+        for i in tl.static_range(4):
             for h in tl.static_range(2):
-                s = f[2 * h] + f[2 * h + 1] + offset
                 token = 16 * i + 8 * h + g
-                s = _base2(s, cap, CAPPED)
+                s = _base2(x[2 * i + h], cap, CAPPED)
                 if MASK or EXACT:
                     seen = token < 64
                     pos = token.to(tl.int64)
@@ -231,6 +249,15 @@ def _projected_share(
                     acc[2 * (4 * w + e) + 1] * keep + ((c[2] * 256 + c[3]).to(tl.float32) * undo + (weight * high4[e] + shift)),
                 )
         acc = new
+        if VEXACT:
+            codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
+            acc = _more_answers(
+                acc, run[5], v_exact, codes, tl.load(row_of + 8), 0, inner, weigh, 2 * t, 2 * t + 1, g * (D // 16), 8, 8,
+                D // 8, D // 2, 1, D, 0, 64, D, M, VFACTOR, 2, 4, True, D, False, False, tl.uint8,
+            )  # fmt: skip
+        if KEXACT or VEXACT:
+            k_exact, v_exact = next_exact
+            _fetch_exact(run[4], k_exact[0], k_exact[1], run[5], v_exact[0], v_exact[1])
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < R
     to = result[0].to(tl.int64) + (row * D + g * (D // 16)) * 4

@@ -20,20 +20,27 @@ def _field_at(base, word, lane, byte, SHIFT: tl.constexpr, BITS: tl.constexpr, D
 
 
 @triton.jit
+def _fragment(tok, ch, TOKENS: tl.constexpr, D: tl.constexpr):
+    """Where in fragment order codes lie: lane, word and byte of their block."""
+    u = tok % 64
+    if TOKENS:
+        lane = (ch % 8) * 4 + u // 16
+        word = ((ch // 16 * 2 + (u % 8) // 4) * 2 + (u % 4) // 2) * 2 + (ch % 16) // 8
+        byte = u % 2 + (u % 16) // 8 * 2
+    else:
+        c = ch % (D // 4)
+        lane = (u // 8) * 4 + ch // (D // 4)
+        word = (((u % 8) // 2 * (D // 32) + c // 8) * 2 + (c % 8) // 4) * 2 + u % 2
+        byte = c % 4
+    return lane, word, byte
+
+
+@triton.jit
 def _codes(base, tok, ch, seen, BITS: tl.constexpr, TOKENS: tl.constexpr, FRAGMENTS: tl.constexpr, D: tl.constexpr):
     """Codes of tokens and channels, int32, broadcast together."""
     if FRAGMENTS:
         code = tl.zeros(seen.shape, tl.int32)
-        u = tok % 64
-        if TOKENS:
-            lane = (ch % 8) * 4 + u // 16
-            word = ((ch // 16 * 2 + (u % 8) // 4) * 2 + (u % 4) // 2) * 2 + (ch % 16) // 8
-            byte = u % 2 + (u % 16) // 8 * 2
-        else:
-            c = ch % (D // 4)
-            lane = (u // 8) * 4 + ch // (D // 4)
-            word = (((u % 8) // 2 * (D // 32) + c // 8) * 2 + (c % 8) // 4) * 2 + u % 2
-            byte = c % 4
+        lane, word, byte = _fragment(tok, ch, TOKENS, D)
         base += tok // 64 * (64 * D * BITS // 8)
         if BITS & 8:
             code |= _field_at(base, word, lane, byte, 0, 8, D, seen)
@@ -80,6 +87,28 @@ def _tile(
             if not SYMMETRIC:
                 x += tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
     return x
+
+
+@triton.jit
+def _coded(page, tok, ch, seen, inner, bits, signed, group, P: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
+    """Numbers of tokens and channels, of codes in fragment order whose width is known when it runs: 1, 2, 4 or 8 bits.
+
+    group: tokens that share a scale, where TOKENS do not have their own. D: a multiple of 64.
+    """
+    lane, word, byte = _fragment(tok, ch, TOKENS, D)
+    width = D * bits // 16
+    base = page[0].to(tl.pointer_type(tl.uint8)) + (inner * P + tok // 64 * 64) * (D * bits // 8)
+    stored = word % width
+    code = tl.load(base + (stored // 4 * 32 + lane) * 16 + stored % 4 * 4 + byte, mask=seen, other=0).to(tl.int32)
+    code = (code >> (word // width * bits)) & ((1 << bits) - 1)
+    code = tl.where(signed == 1, (code << 24) >> 24, code)
+    at = inner * P + tok
+    if not TOKENS:
+        at = (inner * P + tok) // group * D + ch
+    scale = tl.load(page[1].to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
+    zeros = tl.where(signed == 1, page[1], page[2])
+    zero = tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
+    return code.to(tl.float32) * scale + tl.where(signed == 1, 0.0, zero)
 
 
 @triton.constexpr_function

@@ -190,9 +190,9 @@ def facts_of(key_form: object, value_form: object, page: int) -> int:
 
 def mix(runs: Sequence[Run]) -> list[Run]:
     """Put stages with few pages each into one run, for the kernel that reads codes of any width, where there are several."""
-    few = [run for run in runs if run.pages <= FEW_PAGES and not run.patched]
-    few = [run for run in few if facts_of(run.key_form, run.value_form, run.page)]
-    few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0 and run.exact == few[0].exact]
+    few = [run for run in runs if run.pages <= FEW_PAGES and facts_of(run.key_form, run.value_form, run.page)]
+    few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0]
+    few = [run for run in few if (run.exact, run.exactly) == (few[0].exact, few[0].exactly)]
     if len(few) < 2:
         return list(runs)
     joint = replace(
