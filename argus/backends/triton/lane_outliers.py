@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lanes import _fetch, _from_lane, _mma16, _short, _transposed
+from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _half, _mma16, _short, _transposed
 from argus.backends.triton.outliers import _row_of
 from argus.backends.triton.products import _packed
 from argus.backends.triton.reading import _coded, _tile
+from argus.backends.triton.words import _byte
 
 LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 """What outliers add is kept as so many times FP16 numbers, at most the highest."""
@@ -118,6 +119,29 @@ def _read(kept, n, end):
 
 
 @triton.jit
+def _back(codes, matrix, token, channel, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """``W^T c`` of planar 4-bit coefficients with a scale and a zero a row."""
+    at = codes[0] + inner * (ROWS * D // 2) + channel % (D // 2)
+    shift = channel // (D // 2) * 4
+    weights = matrix.to(tl.int64) + token * 4
+    x = tl.zeros((32,), tl.float32)
+    # Four at a time: all at once would take long to compile.
+    for begin in range(0, ROWS, 4):
+        for i in tl.static_range(4):
+            row = inner * ROWS + begin + i
+            code = ((_byte(at + (begin + i) * (D // 2)) >> shift) & 15).to(tl.float32)
+            c = code * _half(_each(codes[1] + row * 2)) + _half(_each(codes[2] + row * 2))
+            x += c * _floats(weights + (begin + i) * (P * 4), 1)[0]
+    return x
+
+
+@triton.jit
+def _each(address):
+    """An address for every lane."""
+    return address + tl.zeros((32,), tl.int64)
+
+
+@triton.jit
 def _beyond(
     kept, read, codes, more, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -125,23 +149,14 @@ def _beyond(
 ):  # fmt: skip
     """By how much exact numbers that were read are beyond decoded ones.
 
-    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, and `more` that of its
-    means. FACTOR: of what they give back. KIND 4: codes of which `more` tells bits, whether they are signed, and tokens that
-    share a scale.
+    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, as lanes read them,
+    and `more` that of its means. FACTOR: of what they give back. KIND 4: codes of which `more` tells bits, whether they are
+    signed, and tokens that share a scale.
     """
     token = read[0] // D
     channel = read[0] % D
     if ROWS:
-        decoded = tl.zeros((32,), tl.float32)
-        # Not unrolled: sixteen times as much code would take a minute to compile.
-        for row in range(ROWS):
-            c = _tile(
-                codes[0], codes[1], codes[2], codes[0], row, channel, read[2], inner, ROWS, D,
-                KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
-            )  # fmt: skip
-            decoded += c * tl.load(kept[4] + row * P + token)
-        means = more.to(tl.pointer_type(tl.float16)) + inner * D
-        decoded = decoded * FACTOR + tl.load(means + channel).to(tl.float32)
+        decoded = _back(codes, kept[4], token, channel, inner, P, D, ROWS) * FACTOR + _half(more + (inner * D + channel) * 2)
     elif KIND == 4:
         decoded = _coded(codes, token, channel, read[2], inner, more[0], more[1], more[2], P, D, TOKENS)
     else:
@@ -153,7 +168,7 @@ def _beyond(
 
 
 @triton.jit
-def _eight(read, beyond, first, J, D: tl.constexpr):
+def _eight(read, beyond, first, J: tl.constexpr, D: tl.constexpr):
     """Of outlier 8 J + g its token, from `first` on, its channel, and by how much it is beyond what is decoded."""
     lane = tl.arange(0, 32) // 4 + 8 * J
     place = _from_lane(read[0].to(tl.float32, bitcast=True), lane).to(tl.int32, bitcast=True)
@@ -198,26 +213,27 @@ def _value_factors(one, other, weigh, base, above, channel_base, N: tl.constexpr
 
 
 @triton.jit
-def _placed(f, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """What 16 outliers add where theirs is FIRST, and where it is SECOND, for row t."""
-    zero = tl.zeros((32,), tl.float32)
-    none = (zero, zero, zero, zero)
-    c = _mma16(_are(f[0], FIRST), _are(f[0], SECOND), _are(f[1], FIRST), _are(f[1], SECOND), f[2], f[3], none, False)
-    return (c[0] + c[1]) * LARGE, (c[2] + c[3]) * LARGE
+def _placed(f, c, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """`c`, and what 16 outliers add where theirs is FIRST, and where it is SECOND, in two parts each."""
+    return _mma16(_are(f[0], FIRST), _are(f[0], SECOND), _are(f[1], FIRST), _are(f[1], SECOND), f[2], f[3], c, False)
 
 
 @triton.jit
 def _more(
-    x, f, N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, PER: tl.constexpr, JUMP: tl.constexpr
+    x, f, h, N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, PER: tl.constexpr,
+    JUMP: tl.constexpr,
 ):  # fmt: skip
-    """N numbers a lane and what 16 outliers add to them.
+    """N numbers a lane and what two times 16 outliers add to them.
 
     Numbers 2 i and 2 i + 1 are of FIRST and SECOND, both STEP further for each i, and JUMP further every PER of them instead.
     """
+    zero = tl.zeros((32,), tl.float32)
     y = ()
     for i in tl.static_range(N // 2):
-        added = _placed(f, FIRST + _further(i, PER, JUMP, STEP), SECOND + _further(i, PER, JUMP, STEP))
-        y = y + (x[2 * i] + added[0], x[2 * i + 1] + added[1])
+        c = (zero, zero, zero, zero)
+        c = _placed(f, c, FIRST + _further(i, PER, JUMP, STEP), SECOND + _further(i, PER, JUMP, STEP))
+        c = _placed(h, c, FIRST + _further(i, PER, JUMP, STEP), SECOND + _further(i, PER, JUMP, STEP))
+        y = y + (x[2 * i] + (c[0] + c[1]) * LARGE, x[2 * i + 1] + (c[2] + c[3]) * LARGE)
     return y
 
 
@@ -238,10 +254,9 @@ def _more_scores(
         beyond = _beyond(
             kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
         )
-        for j in range(2):
-            one = _eight(read, beyond, first, 2 * j, D)
-            other = _eight(read, beyond, first, 2 * j + 1, D)
-            x = _more(x, _key_factors(one, other, q_row, base, UNIT), N, 0, SECOND, STEP, N, 0)
+        f = _key_factors(_eight(read, beyond, first, 0, D), _eight(read, beyond, first, 1, D), q_row, base, UNIT)
+        h = _key_factors(_eight(read, beyond, first, 2, D), _eight(read, beyond, first, 3, D), q_row, base, UNIT)
+        x = _more(x, f, h, N, 0, SECOND, STEP, N, 0)
         read = following
     return x
 
@@ -264,10 +279,10 @@ def _more_answers(
         beyond = _beyond(
             kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
         )
-        for j in range(2):
-            one = _eight(read, beyond, first, 2 * j, D)
-            other = _eight(read, beyond, first, 2 * j + 1, D)
-            f = _value_factors(one, other, weigh, base, above, channel, W, BETWEEN)
-            x = _more(x, f, N, 0, SECOND, STEP, PER, JUMP)
+        one, other = _eight(read, beyond, first, 0, D), _eight(read, beyond, first, 1, D)
+        f = _value_factors(one, other, weigh, base, above, channel, W, BETWEEN)
+        one, other = _eight(read, beyond, first, 2, D), _eight(read, beyond, first, 3, D)
+        h = _value_factors(one, other, weigh, base, above, channel, W, BETWEEN)
+        x = _more(x, f, h, N, 0, SECOND, STEP, PER, JUMP)
         read = following
     return x
