@@ -64,6 +64,10 @@ def inline_asm(
         results = mma16(arrays, bf16="bf16" in name)
     elif name.startswith("ld.global.nc.u8"):
         results = [np.array([ctypes.string_at(int(at), 1)[0] for at in arrays[0]], np.int32)]
+    elif "@p ld.global.nc" in asm:
+        size = 2 if "nc.b16" in asm else 4
+        read = lambda at: int.from_bytes(ctypes.string_at(int(at), size), "little", signed=size == 4)  # noqa: E731
+        results = [np.array([read(at) if held else 0 for at, held in zip(*arrays, strict=True)], np.int32)]
     elif "ld.global.nc.b16" in asm:
         results = [np.array([int.from_bytes(ctypes.string_at(int(at), 2), "little") for at in arrays[0]], np.int32)]
     elif name == "cvt.rn.f16x2.f32":

@@ -20,6 +20,7 @@ from argus.backends.triton.lane_outliers import (
     _parts_of,
     _within,
 )
+from argus.backends.triton.lane_reading import CODES
 from argus.backends.triton.lanes import (
     LOG2E,
     REACH,
@@ -225,7 +226,7 @@ def _codes_share(
     # Rows beyond the last repeat it; nothing of them is stored.
     q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
     q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
-    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
+    own_row = q_ptr.to(tl.int64) + (inner * where[2] + tl.minimum(row, where[2] - 1)) * (D * 4)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     offset_total = tl.zeros((32,), tl.float32)
@@ -288,7 +289,7 @@ def _codes_share(
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
             x = _more_scores(
                 x, run[2], k_exact, codes, 0, block * 64, inner, own_row, 8 * g, 8, 1, 2, 1.0 if CAPPED else LOG2E,
-                P, D, 0, 1.0, 2, KBITS, False, KG, KSYM, True, tl.uint8,
+                P, D, CODES, KBITS, False, KG, KSYM,
             )  # fmt: skip
         if EXACT:
             marks = _load2(tl.load(row_of + 6) + inner * P + block * 64 + g * 8)
@@ -361,7 +362,7 @@ def _codes_share(
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
             acc = _more_answers(
                 acc, run[3], v_exact, codes, 0, block * 64, inner, shares, 16 * t, 16 * t + 8, g, 8, 1, D // 8, 8, 16, D, 0,
-                P, D, 0, 1.0, 2, VBITS, True, D, VSYM, True, tl.uint8,
+                P, D, CODES, VBITS, True, D, VSYM,
             )  # fmt: skip
         if KEXACT or VEXACT:
             k_exact = next_k_exact

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from argus.backends.triton.codes import _answered, _fold, _quarters
 from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _parts_of, _within
+from argus.backends.triton.lane_reading import ANY
 from argus.backends.triton.lanes import (
     LOG2E,
     REACH,
@@ -61,7 +62,7 @@ def _few_share(
     # Rows beyond the last repeat it; nothing of them is stored.
     q_row = tl.minimum(where[1] + g // 2, where[2] - 1)
     q_at = q_ptr.to(tl.int64) + ((inner * where[2] + q_row) * D + t * (D // 4) + part * 4) * 4
-    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
+    own_row = q_ptr.to(tl.int64) + (inner * where[2] + tl.minimum(row, where[2] - 1)) * (D * 4)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
     offset_total = tl.zeros((32,), tl.float32)
@@ -117,7 +118,7 @@ def _few_share(
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
             x = _more_scores(
                 x, run[2], k_exact, codes, (k_bits, k_signed, k_group * 64), block * 64, inner, own_row, 8 * g + half * 4,
-                4, 1, 2, 1.0 if CAPPED else LOG2E, P, D, 0, 1.0, 4, 0, False, 0, False, True, tl.uint8,
+                4, 1, 2, 1.0 if CAPPED else LOG2E, P, D, ANY, 0, False, 0, False,
             )  # fmt: skip
         if EXACT:
             marks = _load1(tl.load(row_of + 6) + token)
@@ -180,6 +181,6 @@ def _few_share(
             token_of = 16 * t + half * 4
             acc = _more_answers(
                 acc, run[3], v_exact, codes, (v_bits, v_signed, 0), block * 64, inner, shares, token_of, token_of + 8, g, 4, 1,
-                D // 8, 8, 16, D, 0, P, D, 0, 1.0, 4, 0, True, 0, False, True, tl.uint8,
+                D // 8, 8, 16, D, 0, P, D, ANY, 0, True, 0, False,
             )  # fmt: skip
     _answered(at, row, where[2], g, m, total, offset_total, acc, D)

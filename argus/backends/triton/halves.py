@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _within
+from argus.backends.triton.lane_reading import BF16 as BF16_NUMBERS, E4M3, FP16
 from argus.backends.triton.lanes import (
     _base2,
     _bytes,
@@ -108,7 +109,7 @@ def _halves_share(
     g = lane // 4
     t = lane % 4
     row = where[1] + t
-    own_row = q_ptr + (inner * where[2] + tl.minimum(row, where[2] - 1)) * D
+    own_row = q_ptr.to(tl.int64) + (inner * where[2] + tl.minimum(row, where[2] - 1)) * (D * 4)
     b = _in_parts(_query_rows(q_ptr, where, D), D, BF16)
     m = tl.full((32,), float("-inf"), tl.float32)
     total = tl.zeros((32,), tl.float32)
@@ -182,7 +183,7 @@ def _halves_share(
             k_exact = _within(source[2], k_exact[0], k_exact[1], begin * D, (begin + UNIT) * D)
             x = _more_scores(
                 x, source[2], k_exact, codes, 0, begin, inner, own_row, g, 2 * U, 8, 16, 1.0,
-                P, D, 0, 1.0, 1 if CODED else 0, 8, KTOKENS, KG, True, False, tl.bfloat16 if BF16 else tl.float16,
+                P, D, E4M3 if CODED else BF16_NUMBERS if BF16 else FP16, 8, KTOKENS, KG, True,
             )  # fmt: skip
         scores = ()
         best = m
@@ -245,8 +246,7 @@ def _halves_share(
                 flat = flat + (acc[i][0], acc[i][2])
             flat = _more_answers(
                 flat, source[3], v_exact, codes, 0, begin, inner, shares, 2 * t, 2 * t + 1, g * 8, 2 * U, 8,
-                D // 8, 1, 2, 4, 64, P, D, 0, 1.0, 1 if CODED else 0, 8, VTOKENS, VG, True, False,
-                tl.bfloat16 if BF16 else tl.float16,
+                D // 8, 1, 2, 4, 64, P, D, E4M3 if CODED else BF16_NUMBERS if BF16 else FP16, 8, VTOKENS, VG, True,
             )  # fmt: skip
             new = ()
             for i in tl.static_range(D // 16):

@@ -11,11 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _half, _mma16, _short, _transposed
+from argus.backends.triton.lane_reading import _number
+from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _load1_if, _load16_if, _mma16, _short, _transposed
 from argus.backends.triton.outliers import _row_of
 from argus.backends.triton.products import _packed
-from argus.backends.triton.reading import _coded, _tile
-from argus.backends.triton.words import _byte
 
 LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 """What outliers add is kept as so many times FP16 numbers, at most the highest."""
@@ -98,13 +97,23 @@ def _fetch_exact(keys, k_begin, k_end, values, v_begin, v_end):
 
 
 @triton.jit
+def _place(kept, at, held):
+    """The place of an outlier, 0 where it is not `held`."""
+    if kept[2].dtype.element_ty == tl.int16:
+        place = _load16_if(kept[2].to(tl.int64) + at * 2, held)
+    else:
+        place = _load1_if(kept[2].to(tl.int64) + at * 4, held)
+    return place
+
+
+@triton.jit
 def _within(kept, begin, end, low, high):
     """The part of outliers `begin` to `end` whose places are at least `low` and below `high`."""
     before = tl.zeros((32,), tl.int32)
     until = tl.zeros((32,), tl.int32)
     for n in range(begin, end, 32):
         at = n + tl.arange(0, 32)
-        place = tl.load(kept[2] + at, mask=at < end, other=32767).to(tl.int32)
+        place = _place(kept, at.to(tl.int64), at < end)
         before += tl.where((at < end) & (place < low), 1, 0)
         until += tl.where((at < end) & (place < high), 1, 0)
     return begin + tl.sum(before, 0), begin + tl.sum(until, 0)
@@ -113,57 +122,26 @@ def _within(kept, begin, end, low, high):
 @triton.jit
 def _read(kept, n, end):
     """Places and numbers of outliers `n` to `n` + 31 before `end`, one a lane."""
-    at = n + tl.arange(0, 32)
-    place = tl.load(kept[2] + at, mask=at < end, other=0).to(tl.int32)
-    return place, tl.load(kept[3] + at, mask=at < end, other=0.0).to(tl.float32), at < end
-
-
-@triton.jit
-def _back(codes, matrix, token, channel, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """``W^T c`` of planar 4-bit coefficients with a scale and a zero a row."""
-    at = codes[0] + inner * (ROWS * D // 2) + channel % (D // 2)
-    shift = channel // (D // 2) * 4
-    weights = matrix.to(tl.int64) + token * 4
-    x = tl.zeros((32,), tl.float32)
-    # Four at a time: all at once would take long to compile.
-    for begin in range(0, ROWS, 4):
-        for i in tl.static_range(4):
-            row = inner * ROWS + begin + i
-            code = ((_byte(at + (begin + i) * (D // 2)) >> shift) & 15).to(tl.float32)
-            c = code * _half(_each(codes[1] + row * 2)) + _half(_each(codes[2] + row * 2))
-            x += c * _floats(weights + (begin + i) * (P * 4), 1)[0]
-    return x
-
-
-@triton.jit
-def _each(address):
-    """An address for every lane."""
-    return address + tl.zeros((32,), tl.int64)
+    at = (n + tl.arange(0, 32)).to(tl.int64)
+    held = at < end
+    if kept[3].dtype.element_ty == tl.float32:
+        number = _load1_if(kept[3].to(tl.int64) + at * 4, held).to(tl.float32, bitcast=True)
+    else:
+        word = _load16_if(kept[3].to(tl.int64) + at * 2, held)
+        if kept[3].dtype.element_ty == tl.bfloat16:
+            number = (word << 16).to(tl.float32, bitcast=True)
+        else:
+            number = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return _place(kept, at, held), number, held
 
 
 @triton.jit
 def _beyond(
-    kept, read, codes, more, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+    read, page, more, inner, P: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    G: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """By how much exact numbers that were read are beyond decoded ones.
-
-    codes: addresses of codes, scales and zeros; of a projected page of ROWS coefficients those of them, as lanes read them,
-    and `more` that of its means. FACTOR: of what they give back. KIND 4: codes of which `more` tells bits, whether they are
-    signed, and tokens that share a scale.
-    """
-    token = read[0] // D
-    channel = read[0] % D
-    if ROWS:
-        decoded = _back(codes, kept[4], token, channel, inner, P, D, ROWS) * FACTOR + _half(more + (inner * D + channel) * 2)
-    elif KIND == 4:
-        decoded = _coded(codes, token, channel, read[2], inner, more[0], more[1], more[2], P, D, TOKENS)
-    else:
-        decoded = _tile(
-            codes[0], codes[1], codes[2], codes[0], token, channel, read[2], inner, P, D,
-            KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, None,
-        )  # fmt: skip
+    """By how much exact numbers that were read are beyond decoded ones, whose facts are those of ``lane_reading._number``."""
+    decoded = _number(page, more, read[0] // D, read[0] % D, inner, P, D, KIND, BITS, TOKENS, G, SIGNED)
     return tl.where(read[2], read[1] - decoded, 0.0)
 
 
@@ -183,8 +161,8 @@ def _key_factors(one, other, q_row, base, UNIT: tl.constexpr):
     """
     near = _less(_transposed(_pair(one[0])), _pair(base))
     far = _less(_transposed(_pair(other[0])), _pair(base))
-    b0 = _factor(tl.load(q_row + one[1]) * (one[2] * UNIT))
-    b1 = _factor(tl.load(q_row + other[1]) * (other[2] * UNIT))
+    b0 = _factor(_floats(q_row + one[1] * 4, 1)[0] * (one[2] * UNIT))
+    b1 = _factor(_floats(q_row + other[1] * 4, 1)[0] * (other[2] * UNIT))
     return near, far, b0, b1
 
 
@@ -239,21 +217,19 @@ def _more(
 
 @triton.jit
 def _more_scores(
-    x, kept, exact, codes, more, first, inner, q_row, base, N: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr,
-    UNIT: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+    x, kept, exact, page, more, first, inner, q_row, base, N: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr,
+    UNIT: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of N tokens a lane, and what outliers of keys add to them: see :func:`_more`, :func:`_beyond` for the facts.
+    """Scores of N tokens a lane, and what outliers of keys add to them: see :func:`_more`, :func:`_beyond`.
 
     exact: where the outliers begin and end. first: the first token; those of a lane are `base` further.
     """
     read = _read(kept, exact[0], exact[1])
     for n in range(exact[0], exact[1], 32):
         following = _read(kept, n + 32, exact[1])
-        beyond = _beyond(
-            kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
-        )
+        beyond = _beyond(read, page, more, inner, P, D, KIND, BITS, TOKENS, G, SIGNED)
         f = _key_factors(_eight(read, beyond, first, 0, D), _eight(read, beyond, first, 1, D), q_row, base, UNIT)
         h = _key_factors(_eight(read, beyond, first, 2, D), _eight(read, beyond, first, 3, D), q_row, base, UNIT)
         x = _more(x, f, h, N, 0, SECOND, STEP, N, 0)
@@ -263,11 +239,10 @@ def _more_scores(
 
 @triton.jit
 def _more_answers(
-    x, kept, exact, codes, more, first, inner, weigh, base, above, channel, W: tl.constexpr, BETWEEN: tl.constexpr,
+    x, kept, exact, page, more, first, inner, weigh, base, above, channel, W: tl.constexpr, BETWEEN: tl.constexpr,
     N: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, PER: tl.constexpr, JUMP: tl.constexpr,
-    P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, FACTOR: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Answers in N channels a lane, from `channel` on, and what outliers of values add to them.
 
@@ -276,9 +251,7 @@ def _more_answers(
     read = _read(kept, exact[0], exact[1])
     for n in range(exact[0], exact[1], 32):
         following = _read(kept, n + 32, exact[1])
-        beyond = _beyond(
-            kept, read, codes, more, inner, P, D, ROWS, FACTOR, KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT
-        )
+        beyond = _beyond(read, page, more, inner, P, D, KIND, BITS, TOKENS, G, SIGNED)
         one, other = _eight(read, beyond, first, 0, D), _eight(read, beyond, first, 1, D)
         f = _value_factors(one, other, weigh, base, above, channel, W, BETWEEN)
         one, other = _eight(read, beyond, first, 2, D), _eight(read, beyond, first, 3, D)

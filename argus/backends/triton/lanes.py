@@ -63,6 +63,24 @@ def _load16(at):
 
 
 @triton.jit
+def _load1_if(at, held):
+    """A word where `held`, else 0."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+        "=&r,l,r", [at, held.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load16_if(at, held):
+    """Two bytes in the low half of a word where `held`, else 0."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; mov.b16 x, 0; @p ld.global.nc.b16 x, [$1]; cvt.u32.u16 $0, x; }",
+        "=r,l,r", [at, held.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _half(at):
     """An FP16 number as float32."""
     return _load16(at).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lane_outliers import _exact_rows, _fetch_exact, _more_answers, _more_scores
+from argus.backends.triton.lane_reading import PROJECTED
 from argus.backends.triton.lanes import (
     REACH,
     _base2,
@@ -177,8 +178,8 @@ def _projected_share(
         if KEXACT:
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
             x = _more_scores(
-                x, run[4], k_exact, codes, tl.load(row_of + 7), 0, inner, q_ptr + (inner * R + held_row) * D, g, 8, 8, 16, 1.0,
-                64, D, M, KFACTOR, 2, 4, True, D, False, False, tl.uint8,
+                x, run[4], k_exact, codes, (tl.load(row_of + 7), KFACTOR, run[4][4]), 0, inner, q_row, g, 8, 8, 16, 1.0,
+                64, D, PROJECTED, M, True, D, False,
             )  # fmt: skip
         scores = ()
         best = m
@@ -252,8 +253,8 @@ def _projected_share(
         if VEXACT:
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
             acc = _more_answers(
-                acc, run[5], v_exact, codes, tl.load(row_of + 8), 0, inner, weigh, 2 * t, 2 * t + 1, g * (D // 16), 8, 8,
-                D // 8, D // 2, 1, D, 0, 64, D, M, VFACTOR, 2, 4, True, D, False, False, tl.uint8,
+                acc, run[5], v_exact, codes, (tl.load(row_of + 8), VFACTOR, run[5][4]), 0, inner, weigh, 2 * t, 2 * t + 1,
+                g * (D // 16), 8, 8, D // 8, D // 2, 1, D, 0, 64, D, PROJECTED, M, True, D, False,
             )  # fmt: skip
         if KEXACT or VEXACT:
             k_exact, v_exact = next_exact

@@ -89,28 +89,6 @@ def _tile(
     return x
 
 
-@triton.jit
-def _coded(page, tok, ch, seen, inner, bits, signed, group, P: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
-    """Numbers of tokens and channels, of codes in fragment order whose width is known when it runs: 1, 2, 4 or 8 bits.
-
-    group: tokens that share a scale, where TOKENS do not have their own. D: a multiple of 64.
-    """
-    lane, word, byte = _fragment(tok, ch, TOKENS, D)
-    width = D * bits // 16
-    base = page[0].to(tl.pointer_type(tl.uint8)) + (inner * P + tok // 64 * 64) * (D * bits // 8)
-    stored = word % width
-    code = tl.load(base + (stored // 4 * 32 + lane) * 16 + stored % 4 * 4 + byte, mask=seen, other=0).to(tl.int32)
-    code = (code >> (word // width * bits)) & ((1 << bits) - 1)
-    code = tl.where(signed == 1, (code << 24) >> 24, code)
-    at = inner * P + tok
-    if not TOKENS:
-        at = (inner * P + tok) // group * D + ch
-    scale = tl.load(page[1].to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
-    zeros = tl.where(signed == 1, page[1], page[2])
-    zero = tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
-    return code.to(tl.float32) * scale + tl.where(signed == 1, 0.0, zero)
-
-
 @triton.constexpr_function
 def _power(rows):
     """Rows of coefficients as tensor cores take them."""
