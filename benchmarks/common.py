@@ -179,9 +179,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(name: str, folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write results as JSON."""
+def keep(name: str, folder: Path, facts: dict[str, Any], rows: list[dict[str, Any]], variant: str = "") -> None:
+    """Write results of a benchmark, or of a variant of it, as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     data = {"benchmark": name, "command": command, "machine": machine(), **facts, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{name}{variant}.json").write_text(json.dumps(data, indent=1) + "\n")

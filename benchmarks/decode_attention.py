@@ -94,9 +94,9 @@ def main() -> None:
                     flush=True,
                 )
     facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "outliers": options.outliers, **paging}
-    name = "decode_attention" + ("" if options.outliers == "none" else f"-{options.outliers}")
-    common.keep(name, options.out, facts, rows)
-    draw(rows, options.out / f"{name}.png")
+    variant = "" if options.outliers == "none" else f"-{options.outliers}"
+    common.keep("decode_attention", options.out, facts, rows, variant)
+    draw(rows, options.out / f"decode_attention{variant}.png")
 
 
 if __name__ == "__main__":

@@ -324,3 +324,15 @@ def test_later_tokens_are_not_seen(layer):
     grow(layer, *tokens(1, 96))
     layer.write(*tokens(2, 7))
     answers_as_it_reads(layer, queries(3, 7))
+
+
+def test_reading_outliers_leaves_codes_as_they_are():
+    """A tier may decode to what it keeps: exact numbers written over that would widen the ranges of later stages."""
+    layer = make_layer(("fp16", "int4"), outliers={"policy": "topk", "share": 0.1}, dtype="float32")
+    grow(layer, *tokens(1, 40))
+    before = [{name: x.clone() for name, x in slab.items()} for pool in layer.pools for slab in pool.slabs]
+    ask(layer, queries(2, 1))
+    contents(layer)
+    after = [slab for pool in layer.pools for slab in pool.slabs]
+    for slab, kept in zip(after, before, strict=True):
+        assert all(torch.equal(slab[name], x) for name, x in kept.items())

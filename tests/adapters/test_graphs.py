@@ -30,6 +30,7 @@ LADDERS = {
         "tiers.stages.int8.capacity=32", "tiers.stages.int4.capacity=32",
     ],
     "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
+    "outliers": ["tiers=int2", "tiers.page_size=64", "tiers.window=16", "outliers=topk"],
 }  # fmt: skip
 EXACT = ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])]
 """Codes differ where numbers differ in their last bit; exact pages do not."""
