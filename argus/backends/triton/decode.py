@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.outliers import AT_ONCE, _more_answers, _more_scores, _outliers_at, _row_of
 from argus.backends.triton.reading import _addresses, _page_numbers, _page_tile
+from argus.backends.triton.tile_outliers import AT_ONCE, _more_answers, _more_scores, _outliers_at, _row_of
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from argus.backends.triton.lane_reading import _number
 from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _load1_if, _load16_if, _mma16, _short, _transposed
-from argus.backends.triton.outliers import _row_of
 from argus.backends.triton.products import _packed
+from argus.backends.triton.tile_outliers import _row_of
 
 LARGE, HIGHEST = tl.constexpr(16.0), tl.constexpr(65504.0)
 """What outliers add is kept as so many times FP16 numbers, at most the highest."""

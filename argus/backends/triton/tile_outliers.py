@@ -1,4 +1,4 @@
-"""Outliers in attention: what exact numbers add to scores and answers, beside what codes say at their places.
+"""Outliers for general tiles: what exact numbers add to scores and answers, beside what codes say at their places.
 
 Scores of tokens get ``q[channel] * (exact - decoded)``, answers ``p[token] * (exact - decoded)``: products with one-hot
 matrices, which put each where it belongs. Nothing of a page is written.
