@@ -173,14 +173,10 @@ class ExactNumbers:
         ArgusError
             If more than 2^31 - 1 are kept in all.
         """
-        flat = chosen.flatten(-2)
-        places = flat.nonzero()[:, -1]
-        held = 0 if self.rows is None else len(self.rows.numbers)
-        if held + len(places) > MOST:
-            raise ArgusError(f"outliers: {held + len(places)} numbers of one layer are to be kept exact; allowed: {MOST}")
-        ends = flat.sum(-1).flatten().cumsum(0, dtype=torch.int32).view(flat.shape[:-1])
-        index = torch.int16 if flat.shape[-1] <= 1 << 15 else torch.int32
-        new = ExactRows(ends, places.to(index), pages.flatten(-2)[flat].to(self.dtype), first)
+        new = ExactRows.of(pages, chosen, self.dtype, first)
+        held = len(new.numbers) + (0 if self.rows is None else len(self.rows.numbers))
+        if held > MOST:
+            raise ArgusError(f"outliers: {held} numbers of one layer are to be kept exact; allowed: {MOST}")
         self.rows = new if self.rows is None else self.rows.joined(new)
 
     def crop(self, pages: int) -> None:

@@ -347,7 +347,12 @@ class Sees(CpuBackend):
         return super().attend(query, segments, dense, None)
 
 
-@pytest.mark.parametrize("kind", [Neighbour, Eight, Sees])
+class Overlooks(CpuBackend):
+    def attend(self, query, segments, dense, sinks=None):
+        return super().attend(query, [replace(segment, outliers={}) for segment in segments], dense, sinks)
+
+
+@pytest.mark.parametrize("kind", [Neighbour, Eight, Sees, Overlooks])
 def test_broken_backends_are_caught(kind):
     with pytest.raises(ContractError, match="backend cpu"):
         check_backend(kind())

@@ -31,6 +31,14 @@ class ExactRows:
     numbers: Tensor
     first: int = 0
 
+    @classmethod
+    def of(cls, pages: Tensor, chosen: Tensor, dtype: torch.dtype, first: int = 0) -> ExactRows:
+        """The numbers of ``[n, B, H, P, D]`` pages that `chosen` marks, for the ``n`` pages from `first` on."""
+        flat = chosen.flatten(-2)
+        ends = flat.sum(-1).flatten().cumsum(0, dtype=torch.int32).view(flat.shape[:-1])
+        index = torch.int16 if flat.shape[-1] <= 1 << 15 else torch.int32
+        return cls(ends, flat.nonzero()[:, -1].to(index), pages.flatten(-2)[flat].to(dtype), first)
+
     @property
     def counts(self) -> Tensor:
         """``[pages, B, H]`` int32, numbers a row."""

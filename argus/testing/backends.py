@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from argus.attention import Query
 from argus.backends.base import Affine, Axis, Backend, Dense, Float8, Payload, Segment
 from argus.backends.cpu import CpuBackend
+from argus.backends.rows import ExactRows
 from argus.testing.base import Contract, normal, same
 from argus.testing.tiers import maker
 from argus.tiers.base import ROLES, Tier
@@ -33,7 +34,8 @@ def check_backend(backend: Backend, *, device: torch.device | str = "cpu") -> No
 
     Codes within half a step of the source for scales that all differ, 1 to 8 bits, both axes, several groups; packing exact;
     FP8 torch's own cast; signs about the mean the CPU backend's; projection a matrix product; recoding what decoding and
-    encoding make; attention over pages and exact tokens equal to the CPU backend's; and no global random state touched.
+    encoding make; attention over pages, outliers and exact tokens equal to the CPU backend's; and no global random state
+    touched.
 
     Parameters
     ----------
@@ -174,6 +176,8 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
     q = normal((batch, heads * groups, length, dim), 8).to(device)
     exact = normal((n, batch, heads, page), 9).to(device) > 1
     sinks = normal((heads * groups,), 10).to(device)
+    chosen = normal((n, batch, heads, page, dim), 11).to(device) > 2
+    outliers = {role: ExactRows.of(one + 4, chosen, torch.float16) for role, one in zip(ROLES, x, strict=True)}
     padding = torch.ones(batch, 1, length, n * page + 16, dtype=torch.bool, device=device)
     padding[:, :, :, :5] = False
     for kind in (Int8, Int4, Int3):
@@ -184,17 +188,18 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
         positions = torch.arange(n, device=device) * page
         segment = Segment(ours, ours, keys, values, positions, n * page - 1, page)
         plain = Segment(oracle, oracle, wanted_keys, wanted_values, positions, n * page - 1, page)
-        circumstances = (
-            ("causal", None, None, None, dense),
-            ("a mask", padding, None, None, dense),
-            ("kept tokens, sinks", None, exact, sinks, dense),
-            ("tokens counted on the device", None, None, None, roomy),
+        circumstances: tuple[tuple[str, Tensor | None, dict[str, Any], Tensor | None, Dense], ...] = (
+            ("causal", None, {}, None, dense),
+            ("a mask", padding, {}, None, dense),
+            ("kept tokens, sinks", None, {"exact": exact}, sinks, dense),
+            ("outliers", None, {"exact": exact, "outliers": outliers}, None, dense),
+            ("tokens counted on the device", None, {}, None, roomy),
         )
         for name, mask, kept, learned, window in circumstances:
             for softcap in (None, 5.0):
                 query = Query.of(q, heads, dim**-0.5, start, mask, softcap)
-                found = backend.attend(query, [replace(segment, exact=kept)], [window], learned)
-                wanted = CpuBackend().attend(query, [replace(plain, exact=kept)], [dense], learned)
+                found = backend.attend(query, [replace(segment, **kept)], [window], learned)
+                wanted = CpuBackend().attend(query, [replace(plain, **kept)], [dense], learned)
                 case = f"attention over {kind.__name__.lower()}, {length} queries from {start}, {name}, softcap {softcap}"
                 words = contract.at(case)
                 words.require(found.shape == wanted.shape, f"gives {list(found.shape)}, not {list(wanted.shape)}")
