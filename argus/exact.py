@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argus.backends.base import Dense, round_up
-from argus.backends.rows import ExactRows
+from argus.backends.base import Dense, ExactRows, round_up
 from argus.errors import ArgusError
 
 EMPTY = -1

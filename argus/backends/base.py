@@ -25,7 +25,7 @@ from argus.backends.forms import (
     grouped as grouped,
     round_up as round_up,
 )
-from argus.backends.rows import ExactRows
+from argus.backends.rows import ExactRows as ExactRows
 
 if TYPE_CHECKING:
     from argus.tiers.base import Tier

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Affine, Axis, Backend, Dense, Float8, Payload, Segment
+from argus.backends.base import Affine, Axis, Backend, Dense, ExactRows, Float8, Payload, Segment
 from argus.backends.cpu import CpuBackend
-from argus.backends.rows import ExactRows
 from argus.testing.base import Contract, normal, same
 from argus.testing.tiers import maker
 from argus.tiers.base import ROLES, Tier
