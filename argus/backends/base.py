@@ -14,6 +14,7 @@ from argus.attention import Query
 from argus.backends.forms import (
     PLANES as PLANES,
     PREFIX as PREFIX,
+    ROLES as ROLES,
     Affine as Affine,
     Axis as Axis,
     Float8 as Float8,

@@ -15,6 +15,8 @@ Axis = Literal["channel", "token"]
 Role = Literal["keys", "values"]
 """What pages hold. Keys vary by channel, values by token, so tiers treat them apart."""
 
+ROLES: tuple[Role, Role] = ("keys", "values")
+
 Payload = dict[str, Tensor]
 """What a tier keeps of ``n`` pages: named tensors, each ``[n, B, ...]``."""
 

@@ -11,10 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from argus.backends.base import PLANES, Axis, Backend, Payload as Payload, Role as Role
+from argus.backends.base import PLANES, ROLES as ROLES, Axis, Backend, Payload as Payload, Role as Role
 from argus.errors import ConfigError, RangeError
-
-ROLES: tuple[Role, Role] = ("keys", "values")
 
 LIMIT = 32752.0
 """Half of the largest FP16 number: scales, zeros and means are kept in FP16, and a range spans twice its largest number."""

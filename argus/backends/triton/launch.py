@@ -154,16 +154,16 @@ def job_of(query: Query, part: Run | Dense) -> Job:
             return Job(part, "dense", tuning.over(tokens, 16), facts, tuning.DENSE)
         return Job(part, "any", tokens)
     if part.members:
-        return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact, *part.exactly), tuning.FEW)
+        return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact, *part.outlying), tuning.FEW)
     if all(in_projection(form, kept, part.page) for form, kept in part.roles) and part.key_form.ratio == part.value_form.ratio:
         factors = (form.factor(part.page) for form, _ in part.roles)
-        facts = (part.page // part.key_form.ratio, mask, part.exact, *part.exactly, *factors)
+        facts = (part.page // part.key_form.ratio, mask, part.exact, *part.outlying, *factors)
         return Job(part, "projected", part.pages, facts, tuning.PROJECTED)
     key, value, page = part.key_form, part.value_form, part.page
     if in_codes(query, part):
         early = tuning.prefetch(key.bits, value.bits, dim)
         facts = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
-        facts += part.exactly
+        facts += part.outlying
         return Job(part, "codes", part.pages * (page // layout.BLOCK), facts, tuning.codes(key.bits, value.bits))
     tiles = tuning.half_tiles(dim, part.pages)
     if in_book(part, dim):
@@ -175,7 +175,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         coded = isinstance(key, Float8)
         scales = [(form.axis == "token", _group(form, page, dim)) if coded else (False, 1) for form in (key, value)]
         facts = (page, tiles, part.keys["codes"].dtype == torch.bfloat16, coded, *scales[0], *scales[1], mask, part.exact)
-        facts += part.exactly
+        facts += part.outlying
         cost = tiles * (tuning.EIGHT if coded else tuning.SIXTEEN)
         return Job(part, "pages", part.pages * (page // (16 * tiles)), facts, cost)
     return Job(part, "any", part.pages)
@@ -219,7 +219,7 @@ def in_pages(run: Run, dim: int, unit: int) -> bool:
 def in_book(run: Run, dim: int) -> bool:
     """Whether codes of `run` are looked up in registers."""
     booked = forms.booked(run.key_form) and forms.booked(run.value_form)
-    return booked and not run.patched and run.page % 16 == 0 and dim % 64 == 0
+    return booked and not any(run.outlying) and run.page % 16 == 0 and dim % 64 == 0
 
 
 def odd(number: int) -> int:
@@ -278,7 +278,7 @@ def _source(query: Query, job: Job) -> tuple[Any, ...]:
     part = job.part
     if isinstance(part, Run):
         found = (part.table, part.positions, *part.laid)
-        if part.patched:
+        if any(part.outlying):
             found += tuple(_exact(part, *one) for one in zip(part.outliers, part.roles, strict=True))
         return (*found, *_turns(query, part)) if job.share == "book" else found
     keys, values = (x if x.stride(-1) == 1 and x.stride(2) % 8 == 0 else x.contiguous() for x in (part.keys, part.values))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argus.backends.base import Affine, Loaded, Payload, Projected, Role, Segment
+from argus.backends.base import ROLES, Affine, Loaded, Payload, Projected, Segment
 from argus.backends.rows import ExactRows
 from argus.backends.triton.forms import booked, known, own
 from argus.backends.triton.fragments import fragments
@@ -21,7 +21,6 @@ FIELDS = 10
 """Of a page: addresses of codes, scale and zero of keys, the same of values, exact marks, means of keys and of values; and what
 :func:`facts_of` tells of its forms."""
 NAMES = ("codes", "scale", "zero")
-ROLES: tuple[Role, Role] = ("keys", "values")
 COEFFICIENTS = "coefficients."
 """How the names of a projected page's coefficients begin."""
 
@@ -81,14 +80,9 @@ class Run:
         return (self.key_form, self.keys), (self.value_form, self.values)
 
     @property
-    def exactly(self) -> tuple[bool, bool]:
+    def outlying(self) -> tuple[bool, bool]:
         """Whether keys, and values, have outliers."""
         return self.outliers[0] is not None, self.outliers[1] is not None
-
-    @property
-    def patched(self) -> bool:
-        """Whether pages have outliers."""
-        return any(self.exactly)
 
 
 def in_projection(form: object, payload: Payload, page: int) -> bool:
@@ -192,7 +186,7 @@ def mix(runs: Sequence[Run]) -> list[Run]:
     """Put stages with few pages each into one run, for the kernel that reads codes of any width, where there are several."""
     few = [run for run in runs if run.pages <= FEW_PAGES and facts_of(run.key_form, run.value_form, run.page)]
     few = [run for run in few if run.keys["scale"].shape[-1] % 64 == 0]
-    few = [run for run in few if (run.exact, run.exactly) == (few[0].exact, few[0].exactly)]
+    few = [run for run in few if (run.exact, run.outlying) == (few[0].exact, few[0].outlying)]
     if len(few) < 2:
         return list(runs)
     joint = replace(
