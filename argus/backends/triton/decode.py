@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.reading import _addresses, _page_numbers, _page_tile
+from argus.backends.triton.reading import _addresses, _page_tile
 from argus.backends.triton.tile_outliers import AT_ONCE, _more_answers, _more_scores, _outliers_at, _row_of
 
 
@@ -133,12 +133,10 @@ def _pages_kernel(
         if KEXACT:
             at, last = _row_of(k_kept[0], (position // P - k_first) * tl.num_programs(1) + inner)
             for n in range(at, last, AT_ONCE):
-                token, channel, number_of, there = _outliers_at(k_kept, n, last, begin, D, TB)
-                decoded = _page_numbers(
-                    codes, mean, k_own, k_matrix, k_factor, k_turn, token, channel, there, inner, P, D, DB, KROWS, KTURNED,
+                token, channel, delta, there = _outliers_at(
+                    k_kept, n, last, begin, codes, mean, k_own, k_matrix, k_factor, k_turn, inner, P, D, DB, TB, KROWS, KTURNED,
                     KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
                 )  # fmt: skip
-                delta = tl.where(there, number_of - decoded, 0.0)
                 s = _more_scores(s, q_ptr, row, R, delta, token, channel, there, begin, D, TB, KWIDE)
         s = _capped(s, cap, CAPPED)
         s = _seen_by(row, position + tok, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
@@ -152,12 +150,10 @@ def _pages_kernel(
         if VEXACT:
             at, last = _row_of(v_kept[0], (position // P - v_first) * tl.num_programs(1) + inner)
             for n in range(at, last, AT_ONCE):
-                token, channel, number_of, there = _outliers_at(v_kept, n, last, begin, D, TB)
-                decoded = _page_numbers(
-                    codes, mean, v_own, v_matrix, v_factor, v_turn, token, channel, there, inner, P, D, DB, VROWS, VTURNED,
+                token, channel, delta, there = _outliers_at(
+                    v_kept, n, last, begin, codes, mean, v_own, v_matrix, v_factor, v_turn, inner, P, D, DB, TB, VROWS, VTURNED,
                     VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
                 )  # fmt: skip
-                delta = tl.where(there, number_of - decoded, 0.0)
                 acc = _more_answers(acc, p, delta, token, channel, v_turn, begin, D, DB, TB, VTURNED, VWIDE)
     _finish(out_ptr, lse_ptr, inner * slots + first_slot + split, row, ch, m, total, acc, R, D)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.reading import _basis
+from argus.backends.triton.reading import _basis, _page_numbers
 
 AT_ONCE = tl.constexpr(32)
 """Outliers of a row that are taken at once."""
@@ -22,13 +22,28 @@ def _row_of(ends, row):
 
 
 @triton.jit
-def _outliers_at(kept, at, end, begin_token, D: tl.constexpr, TB: tl.constexpr):
-    """Tokens, channels and numbers of a row's outliers from `at` on, and which of them are of TB tokens from a first on."""
-    n = at + tl.arange(0, AT_ONCE)
-    place = tl.load(kept[1] + n, mask=n < end, other=0).to(tl.int32)
+def _outliers_at(
+    kept, n, end, begin_token, page, mean, own, matrix, factor, turn, inner,
+    P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, LOAD: tl.constexpr,
+):  # fmt: skip
+    """Outliers of a row from `n` on: tokens, channels, by how much they are beyond what is decoded, and which there are.
+
+    Those that are not of the TB tokens from `begin_token` on are left out. The rest tells of the page, as for
+    :func:`argus.backends.triton.reading._page_numbers`.
+    """
+    at = n + tl.arange(0, AT_ONCE)
+    place = tl.load(kept[1] + at, mask=at < end, other=0).to(tl.int32)
     tok = place // D
-    held = (n < end) & (tok >= begin_token) & (tok < begin_token + TB)
-    return tok, place % D, tl.load(kept[2] + n, mask=held, other=0.0).to(tl.float32), held
+    ch = place % D
+    held = (at < end) & (tok >= begin_token) & (tok < begin_token + TB)
+    number = tl.load(kept[2] + at, mask=held, other=0.0).to(tl.float32)
+    decoded = _page_numbers(
+        page, mean, own, matrix, factor, turn, tok, ch, held, inner, P, D, DB, ROWS, TURNED,
+        KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, LOAD,
+    )  # fmt: skip
+    return tok, ch, tl.where(held, number - decoded, 0.0), held
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from argus.backends.triton.backend import TritonBackend  # noqa: E402
 from argus.tiers.base import Tools  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[3]))
-from tests.backends.decoding import assembly  # noqa: E402
+from tests.backends.decoding import assembly, spiked  # noqa: E402
 
 __all__ = ["assembly"]
 
@@ -74,6 +75,18 @@ def test_attention_is_that_over_decoded_pages(
     assert float((found - want).norm() / want.norm()) <= 2e-3
     [run] = backend.tables.of(pages).runs
     assert steps > 8 or (launch.job_of(query, run).share == "book") == looked_up
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(3, 64), (4, 96)])
+@pytest.mark.parametrize("steps", [1, 20])
+def test_outliers_are_those_of_pages_as_they_were(bits: int, dim: int, steps: int) -> None:
+    """Exact numbers know no rotation: what they add to scores and answers is turned."""
+    pages = spiked(segments(bits, bits, dim))
+    query = Query.of(normal(BATCH, HEADS * GROUPS, steps, dim, seed=5).half(), HEADS, dim**-0.5, 5 * PAGE)
+    found, want = TritonBackend().attend(query, pages, []), CpuBackend().attend(query, pages, [])
+    plain = CpuBackend().attend(query, [replace(page, outliers={}) for page in pages], [])
+    assert float((found - want).norm() / want.norm()) <= 2e-3
+    assert float((plain - want).norm() / want.norm()) > 0.05
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
