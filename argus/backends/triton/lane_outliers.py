@@ -30,7 +30,7 @@ def _twice(number):
 
 @triton.constexpr_function
 def _further(i, per, jump, step):
-    """Of a row of numbers, STEP apart, but for every PER of them JUMP after the first of those before, the i-th."""
+    """The i-th of numbers in groups of `per`: those of a group are `step` apart, and groups `jump`."""
     return i // per * jump + i % per * step
 
 
@@ -203,7 +203,7 @@ def _more(
 ):  # fmt: skip
     """N numbers a lane and what two times 16 outliers add to them.
 
-    Numbers 2 i and 2 i + 1 are of FIRST and SECOND, both STEP further for each i, and JUMP further every PER of them instead.
+    Numbers 2 i and 2 i + 1 are of FIRST and SECOND, both as much further as :func:`_further` tells.
     """
     zero = tl.zeros((32,), tl.float32)
     y = ()
