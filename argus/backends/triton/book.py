@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.hadamard import _hadamard
-from argus.backends.triton.halves import _channels, _in_parts, _query_rows, _weights
+from argus.backends.triton.halves import _channels, _in_parts, _query_rows
 from argus.backends.triton.lanes import (
     _base2,
     _bytes,
@@ -26,6 +26,7 @@ from argus.backends.triton.lanes import (
     _seen,
     _store2,
     _sum,
+    _weights,
 )
 
 

@@ -17,7 +17,6 @@ from argus.backends.triton.lane_outliers import (
     _fetch_exact,
     _more_answers,
     _more_scores,
-    _parts_of,
     _within,
 )
 from argus.backends.triton.lane_reading import CODES
@@ -40,6 +39,7 @@ from argus.backends.triton.lanes import (
     _store1,
     _sum,
     _transposed,
+    _weights,
     _xor,
 )
 
@@ -336,7 +336,7 @@ def _codes_share(
             size = tl.maximum(size, w)
             weights = weights + (w,)
             if VEXACT:
-                shares = shares + (_parts_of(p),)
+                shares = shares + (_weights(p, False),)
         size = tl.maximum(_most(size), 1e-30)
         inverse = REACH / size
         unscale = size * (1.0 / REACH)

@@ -21,11 +21,6 @@ HIGHEST = torch.finfo(torch.float16).max
 
 
 @triton.jit
-def _put(at, x, seen, HIGHEST: tl.constexpr):
-    tl.store(at, tl.minimum(tl.maximum(x, -HIGHEST), HIGHEST).to(tl.float16), mask=seen)
-
-
-@triton.jit
 def _expand_kernel(
     table_ptr, own, matrix, factor, out_ptr,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, TB: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr,

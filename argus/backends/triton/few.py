@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.codes import _answered, _fold, _quarters
-from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _parts_of, _within
+from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _within
 from argus.backends.triton.lane_reading import ANY
 from argus.backends.triton.lanes import (
     LOG2E,
@@ -25,6 +25,7 @@ from argus.backends.triton.lanes import (
     _mma,
     _most,
     _transposed,
+    _weights,
 )
 
 
@@ -156,7 +157,7 @@ def _few_share(
             size = tl.maximum(size, w)
             weights = weights + (w,)
             if VEXACT:
-                shares = shares + (_parts_of(p),)
+                shares = shares + (_weights(p, False),)
         size = tl.maximum(_most(size), 1e-30)
         inverse = REACH / size
         unscale = size * (1.0 / REACH)

@@ -29,7 +29,7 @@ from argus.backends.triton.lanes import (
     _stream4,
     _sum,
     _times,
-    _transposed,
+    _weights,
 )
 
 
@@ -80,14 +80,6 @@ def _in_parts(q, D: tl.constexpr, BF16: tl.constexpr):
         low1, none = _short(rest1, BF16)
         b = b + (tl.where(part == 1, low0 | (low1 << 16), high0 | (high1 << 16)),)
     return b
-
-
-@triton.jit
-def _weights(p, BF16: tl.constexpr):
-    """Weights of tokens ``g`` for rows ``t`` as the second factor of products with values, in two parts like queries."""
-    high, rest = _short(p, BF16)
-    low, none = _short(rest, BF16)
-    return _transposed(high | (low << 16))
 
 
 @triton.jit

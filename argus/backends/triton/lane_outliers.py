@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lane_reading import _number
-from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _load1_if, _load16_if, _mma16, _short, _transposed
+from argus.backends.triton.lanes import _fetch, _floats, _from_lane, _load1_if, _load16_if, _mma16, _transposed, _weights
 from argus.backends.triton.products import _packed
 from argus.backends.triton.tile_outliers import _row_of
 
@@ -54,17 +54,9 @@ def _are(a, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _parts_of(x):
-    """Numbers of row t, of eight tokens or outliers g, as eight rows of a product's second factor."""
-    high, rest = _short(x, False)
-    low, none = _short(rest, False)
-    return _transposed(high | (low << 16))
-
-
-@triton.jit
 def _factor(x):
     """What outliers g add for row t, as :func:`_placed` takes it."""
-    return _parts_of(tl.minimum(tl.maximum(x * (1 / LARGE), -HIGHEST), HIGHEST))
+    return _weights(tl.minimum(tl.maximum(x * (1 / LARGE), -HIGHEST), HIGHEST), False)
 
 
 @triton.jit

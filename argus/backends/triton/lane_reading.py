@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lanes import _floats, _half, _load16
-from argus.backends.triton.reading import _fragment
+from argus.backends.triton.reading import _e4m3, _fragment
 from argus.backends.triton.words import _byte
 
 FP16, BF16, E4M3, CODES, ANY, PROJECTED = (tl.constexpr(number) for number in range(6))
@@ -110,10 +110,7 @@ def _number(
             at = (inner * (P // G) + token // G) * D + channel
         scale = _half(page[1] + at * 2)
         if KIND == E4M3:
-            code = _byte(page[0] + (inner * P + token) * D + channel)
-            # Its exponent and mantissa moved to FP16's places, it is the number over 2^8.
-            half = ((code & 127) << 7) | ((code & 128) << 8)
-            x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
+            x = _e4m3(_byte(page[0] + (inner * P + token) * D + channel)) * (scale * 256.0)
         else:
             code = _code(page[0] + inner * (P * D * BITS // 8), token, channel, BITS, D, TOKENS)
             if SIGNED:

@@ -258,6 +258,14 @@ def _short(x, BF16: tl.constexpr):
 
 
 @triton.jit
+def _weights(x, BF16: tl.constexpr):
+    """Numbers of row t, of token g, as eight rows of a product's second factor, in two parts like queries."""
+    high, rest = _short(x, BF16)
+    low, none = _short(rest, BF16)
+    return _transposed(high | (low << 16))
+
+
+@triton.jit
 def _seen(s, pos, seen, mask, lowest, latest, MASK: tl.constexpr):
     """Base-2 scores after masks; ``mask`` points to the row's mask of position 0, with its stride.
 

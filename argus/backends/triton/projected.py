@@ -34,6 +34,7 @@ from argus.backends.triton.lanes import (
     _store2,
     _sum,
     _transposed,
+    _weights,
     _words,
     _xor,
 )
@@ -47,14 +48,6 @@ def _pair(a, b):
     low_a, none = _short(rest_a, False)
     low_b, none = _short(rest_b, False)
     return high_a | (high_b << 16), low_a | (low_b << 16)
-
-
-@triton.jit
-def _parts(x):
-    """High and low FP16 part of a float32 in one word."""
-    high, rest = _short(x, False)
-    low, none = _short(rest, False)
-    return high | (low << 16)
 
 
 @triton.jit
@@ -163,8 +156,8 @@ def _projected_share(
         r0 += row_sum * _half(zero_at + near * 2)
         r1 = (c[2] * 256 + c[3]).to(tl.float32) * (unscale * _half(scale_at + far * 2))
         r1 += row_sum * _half(zero_at + far * 2)
-        r0 = _transposed(_parts(r0))
-        r1 = _transposed(_parts(r1))
+        r0 = _weights(r0, False)
+        r1 = _weights(r1, False)
         offset = f[0] + f[1]
         x = ()
         for i in tl.static_range(4):
@@ -207,7 +200,7 @@ def _projected_share(
         for i in tl.static_range(8):
             p = tl.exp2(scores[i] - safe)
             weight += p
-            weigh = weigh + (_transposed(_parts(p)),)
+            weigh = weigh + (_weights(p, False),)
         weight = _sum(weight)
         total = total * keep + weight
         f = zero4

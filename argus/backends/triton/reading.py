@@ -56,6 +56,13 @@ def _codes(base, tok, ch, seen, BITS: tl.constexpr, TOKENS: tl.constexpr, FRAGME
 
 
 @triton.jit
+def _e4m3(byte):
+    """The number of an E4M3 byte over 2^8: its exponent and mantissa moved to FP16's places."""
+    half = ((byte & 127) << 7) | ((byte & 128) << 8)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _tile(
     codes, scales, zeros, own, tok, ch, seen, inner, P: tl.constexpr, D: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -75,10 +82,7 @@ def _tile(
         scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
         base = codes.to(tl.pointer_type(tl.uint8)) + inner * (P * D * BITS // 8)
         if KIND == 1:
-            # An e4m3 byte, its exponent and mantissa moved to FP16's places, is the number over 2^8.
-            byte = tl.load(base + tok * D + ch, mask=seen, other=0).to(tl.int16)
-            half = ((byte & 127) << 7) | ((byte & 128) << 8)
-            x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
+            x = _e4m3(tl.load(base + tok * D + ch, mask=seen, other=0).to(tl.int32)) * (scale * 256.0)
         else:
             code = _codes(base, tok, ch, seen, BITS, TOKENS, FRAGMENTS, D)
             if SYMMETRIC:
