@@ -77,6 +77,8 @@ def _few_share(
         block = unit // 2 % PER_PAGE
         half = unit % 2
         row_of = run[0] + page * FIELDS
+        if KEXACT or VEXACT:
+            k_exact, v_exact = _exact_rows(run, page, inner, P, KEXACT, VEXACT)
         facts = tl.load(row_of + 9).to(tl.int32)
         k_bits = facts & 255
         v_bits = (facts >> 8) & 255
@@ -109,8 +111,6 @@ def _few_share(
                 a = _operand_of(keys, half * (D // 4) + i * (D // 8) + 4 * s, k_bits, k_flip, D)
                 c = _mma(a, b[2 * s], b[2 * s + 1], c, False)
             x = x + ((c[0] * 256 + c[1]).to(tl.float32), (c[2] * 256 + c[3]).to(tl.float32))
-        if KEXACT or VEXACT:
-            k_exact, v_exact = _exact_rows(run, page, inner, P, KEXACT, VEXACT)
         if KEXACT:
             if PER_PAGE > 1:
                 k_exact = _within(run[2], k_exact[0], k_exact[1], block * (64 * D), (block + 1) * (64 * D))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.lane_outliers import _exact_rows, _more_answers, _more_scores, _within
+from argus.backends.triton.lane_outliers import _exact_rows, _fetch_exact, _more_answers, _more_scores, _within
 from argus.backends.triton.lane_reading import BF16 as BF16_NUMBERS, E4M3, FP16
 from argus.backends.triton.lanes import (
     _base2,
@@ -113,6 +113,8 @@ def _halves_share(
     UNIT: tl.constexpr = 16 * U
     PER_PAGE: tl.constexpr = P // UNIT
     W: tl.constexpr = D // 64
+    if KEXACT or VEXACT:
+        k_exact, v_exact = _exact_rows(source, begin_unit // PER_PAGE, inner, P, KEXACT, VEXACT)
     for unit in range(begin_unit, end_unit):
         if DENSE:
             begin = unit * UNIT
@@ -159,6 +161,13 @@ def _halves_share(
                         values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG, DENSE),)
                     else:
                         values = values + (_stream4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
+        if KEXACT or VEXACT:
+            following = tl.minimum(unit + 1, end_unit - 1) // PER_PAGE
+            next_exact = _exact_rows(source, following, inner, P, KEXACT, VEXACT)
+        if KEXACT:
+            k_exact = _within(source[2], k_exact[0], k_exact[1], begin * D, (begin + UNIT) * D)
+        if VEXACT:
+            v_exact = _within(source[3], v_exact[0], v_exact[1], begin * D, (begin + UNIT) * D)
         x = ()
         for s in tl.static_range(U):
             c = zero4
@@ -168,11 +177,8 @@ def _halves_share(
                 c = _mma16(even[0], odd[0], even[1], odd[1], b[4 * i], b[4 * i + 1], c, BF16)
                 c = _mma16(even[2], odd[2], even[3], odd[3], b[4 * i + 2], b[4 * i + 3], c, BF16)
             x = x + (c[0] + c[1], c[2] + c[3])
-        if KEXACT or VEXACT:
-            k_exact, v_exact = _exact_rows(source, page, inner, P, KEXACT, VEXACT)
         if KEXACT:
             codes = (tl.load(row_of), tl.load(row_of + 1), tl.load(row_of + 2))
-            k_exact = _within(source[2], k_exact[0], k_exact[1], begin * D, (begin + UNIT) * D)
             x = _more_scores(
                 x, source[2], k_exact, codes, 0, begin, inner, own_row, g, 2 * U, 8, 16, 1.0,
                 P, D, E4M3 if CODED else BF16_NUMBERS if BF16 else FP16, 8, KTOKENS, KG, True,
@@ -232,7 +238,6 @@ def _halves_share(
         acc = new
         if VEXACT:
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
-            v_exact = _within(source[3], v_exact[0], v_exact[1], begin * D, (begin + UNIT) * D)
             flat = ()
             for i in tl.static_range(D // 16):
                 flat = flat + (acc[i][0], acc[i][2])
@@ -244,6 +249,9 @@ def _halves_share(
             for i in tl.static_range(D // 16):
                 new = new + ((flat[2 * i], acc[i][1], flat[2 * i + 1], acc[i][3]),)
             acc = new
+        if KEXACT or VEXACT:
+            k_exact, v_exact = next_exact
+            _fetch_exact(source[2], k_exact[0], k_exact[1], source[3], v_exact[0], v_exact[1])
     total = _sum(total)
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < where[2]

@@ -103,11 +103,13 @@ def _within(kept, begin, end, low, high):
     """The part of outliers `begin` to `end` whose places are at least `low` and below `high`."""
     before = tl.zeros((32,), tl.int32)
     until = tl.zeros((32,), tl.int32)
-    for n in range(begin, end, 32):
-        at = n + tl.arange(0, 32)
-        place = _place(kept, at.to(tl.int64), at < end)
-        before += tl.where((at < end) & (place < low), 1, 0)
-        until += tl.where((at < end) & (place < high), 1, 0)
+    # Four loads at once: what a page has of them, mostly.
+    for n in range(begin, end, 128):
+        for i in tl.static_range(4):
+            at = n + 32 * i + tl.arange(0, 32)
+            place = _place(kept, at.to(tl.int64), at < end)
+            before += tl.where((at < end) & (place < low), 1, 0)
+            until += tl.where((at < end) & (place < high), 1, 0)
     return begin + tl.sum(before, 0), begin + tl.sum(until, 0)
 
 

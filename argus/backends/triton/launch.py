@@ -165,7 +165,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         facts = (page, key.bits, key.group or page, key.symmetric, value.bits, value.symmetric, mask, part.exact, early)
         facts += part.outlying
         return Job(part, "codes", part.pages * (page // layout.BLOCK), facts, tuning.codes(key.bits, value.bits))
-    tiles = tuning.half_tiles(dim, part.pages)
+    tiles = tuning.half_tiles(dim, part.pages, any(part.outlying))
     if in_book(part, dim):
         tiles = tiles if page % (16 * tiles) == 0 else 1
         turns = (forms.signs(form, dim) is not None for form in (key, value))

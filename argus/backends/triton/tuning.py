@@ -76,9 +76,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def half_tiles(dim: int, pages: int) -> int:
-    """Tiles of 16 tokens that the 16-bit kernel takes at once: one where there is little to read, which takes less code."""
-    return 1 if dim > 128 or pages <= FEW_PAGES else 2
+def half_tiles(dim: int, pages: int, outliers: bool) -> int:
+    """Tiles of 16 tokens that the 16-bit kernel takes at once: one where there is little to read, which takes less code, and
+    beside outliers, which take registers."""
+    return 1 if dim > 128 or pages <= FEW_PAGES or outliers else 2
 
 
 def few(key_bits: int, value_bits: int, dim: int) -> bool:
@@ -110,9 +111,14 @@ def registers(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int | No
 def resident(jobs: Sequence[tuple[str, tuple[Any, ...]]], dim: int) -> int:
     """Warps of the fused kernel that a multiprocessor holds at once."""
     held = registers(jobs, dim)
-    if held is not None and all(share == "dense" or (share == "pages" and not constants[3]) for share, constants in jobs):
+    if held is not None and all(_only_read(*job) for job in jobs):
         return SIXTEENS
     return 12 if held is None else 16384 // (32 * held) * 4
+
+
+def _only_read(share: str, constants: tuple[Any, ...]) -> bool:
+    """Whether reading is what takes a share its time: of tokens of 16 bits without outliers."""
+    return share == "dense" or (share == "pages" and not any((constants[3], *constants[10:])))
 
 
 @lru_cache(maxsize=1024)
