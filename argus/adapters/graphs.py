@@ -120,10 +120,11 @@ class Recorder:
         return Recorder()
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Any]:
-        """A graph of `call`, and its outputs."""
+        """A graph of `call`, and its outputs. Where that fails, the next one has memory of its own: this stays taken."""
         if self.stream is None and torch.cuda.is_available():
             self.stream = torch.cuda.Stream()
-        self.last, outputs = capture(call, self.stream, self.last)
+        beside, self.last = self.last, None
+        self.last, outputs = capture(call, self.stream, beside)
         return self.last, outputs
 
 

@@ -276,6 +276,36 @@ def test_what_a_graph_refuses_is_told_and_taken_as_usual(
     assert len(told) == 1
 
 
+def test_what_failed_lends_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent = []
+
+    def capture(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
+        lent.append(beside)
+        return "graph", call()
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    recorder = graphs.Recorder()
+    recorder.record(dict)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recorder.record(fail)
+    recorder.record(dict)
+    assert lent == [None, "graph", None]
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_a_recording_follows_one_that_failed() -> None:
+    recorder, x = graphs.Recorder(), torch.ones(8, device=DEVICE)
+    recorder.record(lambda: x + 1)
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: (x + 2).item())
+    graph, made = recorder.record(lambda: x + 3)
+    graph.replay()
+    assert made.tolist() == [4.0] * 8
+
+
 def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts: SimpleNamespace) -> None:
     whole = model.forward
 
