@@ -120,7 +120,7 @@ class Recorder:
         return Recorder()
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Any]:
-        """A graph of `call`, and its outputs. Where that fails, the next one has memory of its own: this stays taken."""
+        """A graph of `call`, and its outputs. The memory of one that fails stays taken: the next has its own."""
         if self.stream is None and torch.cuda.is_available():
             self.stream = torch.cuda.Stream()
         beside, self.last = self.last, None
