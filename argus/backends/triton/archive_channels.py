@@ -9,12 +9,14 @@ from argus.backends.triton.codes import _field
 from argus.backends.triton.lanes import _half, _halves, _load2, _load4
 from argus.backends.triton.products import (
     TINY,
+    _affine_rows,
     _beside,
     _extremes,
     _for_totals,
     _fused,
     _in_pairs,
     _operands,
+    _own,
     _packed,
     _products,
     _quantized,
@@ -127,15 +129,18 @@ def _put_rows(
     HALVES: tl.constexpr = 1 if SHORT else 2
     ROWS: tl.constexpr = 2 if R > 8 else 1
     RUNS: tl.constexpr = HALVES * (D // 16)
-    lows, highs = _extremes(upper, lower, 2 * RUNS, ROWS, SHORT)
+    low, high = _extremes(upper, lower, 2 * RUNS, ROWS, SHORT)
+    first = g % (4 if SHORT else 8)
+    own = _own(first, first + 8, ROWS)
+    at_row = (unit * R + own) * 2
+    inverse, least = _affine_rows(
+        low, high, 0.0, scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row, (t < ROWS) & (own < R),
+        UNIT, BITS, ROWS,
+    )  # fmt: skip
     for r in tl.static_range(ROWS):
-        row = g % (4 if SHORT else 8) + 8 * r
-        at_row = (unit * R + row) * 2
+        row = first + 8 * r
         numbers = lower if r else upper
-        codes = _quantized(
-            numbers[0::2], numbers[1::2], lows[r], highs[r], 0.0, scale_ptr.to(tl.int64) + at_row,
-            zero_ptr.to(tl.int64) + at_row, (t == 0) & (row < R), UNIT, RUNS, BITS,
-        )  # fmt: skip
+        codes = _quantized(numbers[0::2], numbers[1::2], inverse[r], least[r], RUNS)
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + _channel(g, t, D, R)
         for HALF in tl.static_range(HALVES):
             if D == 128:

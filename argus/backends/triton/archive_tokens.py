@@ -9,11 +9,13 @@ from argus.backends.triton.codes import _load_block, _place, _word
 from argus.backends.triton.lanes import _bytes, _load4
 from argus.backends.triton.products import (
     TINY,
+    _affine_rows,
     _beside,
     _extremes,
     _for_totals,
     _in_pairs,
     _operands,
+    _own,
     _packed,
     _products,
     _quantized,
@@ -127,16 +129,19 @@ def _token_kernel(
         _put16(own_mean + m * 64, _packed(mean, mean), g >= 0)
     odd = t % 2
     join = tl.where(odd == 0, 0x5410, 0x3276)
-    lows, highs = _extremes(upper, lower, D // 4 // PER, ROWS, SHORT)
+    low, high = _extremes(upper, lower, D // 4 // PER, ROWS, SHORT)
+    first_row = g % (4 if SHORT else 8)
+    own = _own(first_row, first_row + 8, ROWS)
+    at_row = (unit * R + own) * 2
+    inverse, least = _affine_rows(
+        low, high, _own(shift[0], shift[2], ROWS) * (FACTOR / TINY), scale_ptr.to(tl.int64) + at_row,
+        zero_ptr.to(tl.int64) + at_row, (t < ROWS) & (own < R), TINY / 64, BITS, ROWS,
+    )  # fmt: skip
     for r in tl.static_range(ROWS):
-        row = g % (4 if SHORT else 8) + 8 * r
-        at_row = (unit * R + row) * 2
+        row = first_row + 8 * r
         held = row < R
         numbers = lower if r else upper
-        codes = _quantized(
-            numbers[: D // 8 // PER], numbers[D // 8 // PER :], lows[r], highs[r], shift[2 * r] * (FACTOR / TINY),
-            scale_ptr.to(tl.int64) + at_row, zero_ptr.to(tl.int64) + at_row, (t == 0) & held, TINY / 64, D // 8 // PER, BITS,
-        )  # fmt: skip
+        codes = _quantized(numbers[: D // 8 // PER], numbers[D // 8 // PER :], inverse[r], least[r], D // 8 // PER)
         # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
         to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * (8 * PER)
         if SHORT:

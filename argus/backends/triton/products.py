@@ -97,8 +97,30 @@ def _totals(b, other, w, c):
 
 
 @triton.jit
-def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
-    """The smallest, or largest, of N numbers of each of the four lanes of a row, SHORT: of eight; N a power of two."""
+def _own(first, second, ROWS: tl.constexpr):
+    """What a lane has of its own row: of two rows that four lanes hold, the second is every other lane's."""
+    if ROWS == 2:
+        x = tl.where(tl.arange(0, 32) % 2 == 1, second, first)
+    else:
+        x = first
+    return x
+
+
+@triton.jit
+def _of_both(x, ROWS: tl.constexpr):
+    """A float32 number of the first row and of the second, where lanes have their own row's; of one row, twice."""
+    if ROWS == 2:
+        other = _xor(x, 1)
+        odd = tl.arange(0, 32) % 2 == 1
+        both = (tl.where(odd, other, x), tl.where(odd, x, other))
+    else:
+        both = (x, x)
+    return both
+
+
+@triton.jit
+def _least(x, N: tl.constexpr, LARGEST: tl.constexpr):
+    """The smallest, or largest, of N numbers of a lane; N a power of two."""
     for level in tl.static_range(6):
         if (N >> level) > 1:
             y = ()
@@ -108,9 +130,23 @@ def _least(x, N: tl.constexpr, LARGEST: tl.constexpr, SHORT: tl.constexpr):
                 else:
                     y = y + (tl.minimum(x[2 * i], x[2 * i + 1]),)
             x = y
-    z = x[0]
+    return x[0]
+
+
+@triton.jit
+def _least_of_row(upper, lower, N: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
+    """The smallest, or largest, of a lane's own row."""
+    first = _least(upper, N, LARGEST)
+    if ROWS == 2:
+        second = _least(lower, N, LARGEST)
+        z = _own(first, second, 2)
+        other = _xor(_own(second, first, 2), 1)
+    else:
+        z = first
+        other = _xor(z, 1)
     for i in tl.static_range(3 if SHORT else 2):
-        other = _xor(z, 16 if i == 2 else 1 << i)
+        if i > 0:
+            other = _xor(z, 16 if i == 2 else 2)
         if LARGEST:
             z = tl.maximum(z, other)
         else:
@@ -142,39 +178,44 @@ def _larger_word(a, b, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _greatest(x, N: tl.constexpr, SIGNED: tl.constexpr, SHORT: tl.constexpr):
-    """The largest of N numbers of each of the four lanes of a row, SHORT: of eight, as words; N is even."""
+def _greatest(x, N: tl.constexpr, SIGNED: tl.constexpr):
+    """The largest of N numbers of a lane, as words; N is even."""
     z = x[0].to(tl.int32, bitcast=True)
     for i in tl.static_range((N - 1) // 2):
         z = _largest(z, x[2 * i + 1].to(tl.int32, bitcast=True), x[2 * i + 2].to(tl.int32, bitcast=True), SIGNED)
-    z = _larger_word(z, x[N - 1].to(tl.int32, bitcast=True), SIGNED)
-    for i in tl.static_range(3 if SHORT else 2):
-        z = _larger_word(z, _traded(z, 16 if i == 2 else 1 << i), SIGNED)
+    return _larger_word(z, x[N - 1].to(tl.int32, bitcast=True), SIGNED)
+
+
+@triton.jit
+def _greatest_of_row(upper, lower, N: tl.constexpr, SIGNED: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
+    """The largest of a lane's own row, as words."""
+    first = _greatest(upper, N, SIGNED)
+    if ROWS == 2:
+        second = _greatest(lower, N, SIGNED)
+        z = _larger_word(_own(first, second, 2), _traded(_own(second, first, 2), 1), SIGNED)
+    else:
+        z = _larger_word(first, _traded(first, 1), SIGNED)
+    z = _larger_word(z, _traded(z, 2), SIGNED)
+    if SHORT:
+        z = _larger_word(z, _traded(z, 16), SIGNED)
     return z
 
 
 @triton.jit
 def _extremes(upper, lower, N: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
-    """The smallest and the largest of what :func:`_least` compares, of one row a lane or two: of one, they are told twice.
+    """The smallest and the largest number of a lane's own row, which four lanes hold, SHORT: eight, N numbers each.
 
     As integers, floats that are not negative are in order, and negative ones are too, downwards, and above them if integers
     have no sign. So where there are both, the largest with and without a sign tell.
     """
-    high = _greatest(upper, N, True, SHORT)
-    low = _greatest(upper, N, False, SHORT)
-    high2, low2 = high, low
+    high = _greatest_of_row(upper, lower, N, True, ROWS, SHORT)
+    low = _greatest_of_row(upper, lower, N, False, ROWS, SHORT)
     one_sign = (high < 0) | (low >= 0)
-    if ROWS == 2:
-        high2 = _greatest(lower, N, True, SHORT)
-        low2 = _greatest(lower, N, False, SHORT)
-        one_sign = one_sign | (high2 < 0) | (low2 >= 0)
     low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
-    low2, high2 = low2.to(tl.float32, bitcast=True), high2.to(tl.float32, bitcast=True)
     if tl.max(one_sign.to(tl.int32), 0) > 0:
-        low, high = _least(upper, N, False, SHORT), _least(upper, N, True, SHORT)
-        if ROWS == 2:
-            low2, high2 = _least(lower, N, False, SHORT), _least(lower, N, True, SHORT)
-    return (low, low2), (high, high2)
+        low = _least_of_row(upper, lower, N, False, ROWS, SHORT)
+        high = _least_of_row(upper, lower, N, True, ROWS, SHORT)
+    return low, high
 
 
 @triton.jit
@@ -195,13 +236,11 @@ def _four(x, FIRST: tl.constexpr, inverse, offset):
 
 
 @triton.jit
-def _quantized(
-    x, y, low, high, offset, scale_at, zero_at, held, UNIT: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
-    """Words of 4-bit codes of two times N numbers a lane; a byte holds one of `x`, one of `y`.
+def _affine_rows(low, high, offset, scale_at, zero_at, held, UNIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Store scale and zero of a lane's own row, where `held`, and tell what :func:`_quantized` asks for of both rows.
 
-    Their scale and zero are stored where `held`. low, high: the smallest and the largest of the row. offset: of the row, to be
-    added to numbers. UNIT: what a number of 1 stands for, a power of two.
+    low, high: the smallest and the largest of the row. offset: of the row, to be added to numbers. UNIT: what a number of 1
+    stands for, a power of two.
     """
     scale, zero = _affine((low + offset) * UNIT, (high + offset) * UNIT, (1 << BITS) - 1)
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
@@ -209,7 +248,12 @@ def _quantized(
     step = scale.to(tl.float32)
     inverse = 1.0 / tl.where(step == 0.0, 1.0, step)
     least = (offset * UNIT - zero.to(tl.float32)) * inverse + NEAR
-    inverse = inverse * UNIT
+    return _of_both(inverse * UNIT, ROWS), _of_both(least, ROWS)
+
+
+@triton.jit
+def _quantized(x, y, inverse, least, N: tl.constexpr):
+    """Words of 4-bit codes of two times N numbers of a row in a lane; a byte holds one of `x`, one of `y`."""
     words = ()
     for i in tl.static_range(N // 4):
         words = words + (_four(x, 4 * i, inverse, least) + 16 * _four(y, 4 * i, inverse, least),)
