@@ -8,9 +8,10 @@ longer than they take.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,18 @@ GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
 """What a recorded step is given."""
 LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What it is not given: queries know their positions, and masks that hide tokens have places of their own."""
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage meanwhile: a graph among it cannot be destroyed while another is recorded, and would spoil that one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> tuple[Any, Any]:
@@ -44,7 +57,7 @@ def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> 
     graph, stream, current = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     memory = {} if beside is None else {"pool": beside.pool()}
-    with torch.cuda.stream(stream):
+    with uncollected(), torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local", **memory)
         try:
             made = call()

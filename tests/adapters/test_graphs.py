@@ -6,7 +6,9 @@ Where there is no GPU, a recorded step is replayed by calling it again.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -304,6 +306,49 @@ def test_a_recording_follows_one_that_failed() -> None:
     graph, made = recorder.record(lambda: x + 3)
     graph.replay()
     assert made.tolist() == [4.0] * 8
+
+
+class Ring:
+    """Garbage that holds a graph: only a collection frees it."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph, self.ring = graph, self
+
+
+@pytest.fixture
+def eager_collection():
+    """The collector looks at what is new whenever anything is made."""
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_no_garbage_is_collected_meanwhile(eager_collection: None) -> None:
+    with graphs.uncollected():
+        ring = weakref.ref(Ring(None))
+        made = [[i] for i in range(1000)]
+        assert ring() is not None
+    made = [[i] for i in range(1000)]
+    assert ring() is None and len(made) == 1000
+    with pytest.raises(RuntimeError), graphs.uncollected():
+        raise RuntimeError
+    assert gc.isenabled()
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_a_graph_that_is_garbage_spoils_no_other(eager_collection: None) -> None:
+    x = torch.ones(8, device=DEVICE)
+    old = [graphs.capture(lambda: x + 1)[0]]
+
+    def call() -> torch.Tensor:
+        Ring(old.pop())
+        made = [[i] for i in range(1000)]
+        return x + len(made)
+
+    graph, y = graphs.capture(call)
+    graph.replay()
+    assert y.tolist() == [1001.0] * 8
 
 
 def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts: SimpleNamespace) -> None:
