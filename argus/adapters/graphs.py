@@ -30,7 +30,7 @@ LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: a graph among it cannot be destroyed while another is recorded, and would spoil that one."""
+    """Collect no garbage meanwhile: a graph among it cannot be freed while another is recorded, and would spoil that one."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -330,7 +330,8 @@ def test_no_garbage_is_collected_meanwhile(eager_collection: None) -> None:
         made = [[i] for i in range(1000)]
         assert ring() is not None
     made = [[i] for i in range(1000)]
-    assert ring() is None and len(made) == 1000
+    assert ring() is None
+    assert len(made) == 1000
     with pytest.raises(RuntimeError), graphs.uncollected():
         raise RuntimeError
     assert gc.isenabled()
