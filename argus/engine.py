@@ -172,23 +172,28 @@ class LayerCache:
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""
         if self._segments is None:
-            self._segments = [
-                self._segment(stage, slab, pages)
+            blocks = [
+                (stage, slab, pages)
                 for stage, pool in zip(self.plan.stages, self.pools, strict=True)
                 for slab, pages in pool.blocks()
             ]
+            # One copy to the device for all blocks.
+            held = [page for _, _, pages in blocks for page in pages]
+            device = next(iter(blocks[0][1].values())).device if blocks else None
+            starts = torch.tensor(held, dtype=torch.int64, device=device) * self.plan.page_size
+            places = starts.split([len(pages) for _, _, pages in blocks])
+            self._segments = [self._segment(*block, place) for block, place in zip(blocks, places, strict=True)]
         return self._segments
 
-    def _segment(self, stage: Stage, slab: Slab, pages: list[int]) -> Segment:
+    def _segment(self, stage: Stage, slab: Slab, pages: list[int], starts: Tensor) -> Segment:
         size = self.plan.page_size
         payloads = {role: payload_of(slab, role) for role in ROLES}
-        some = next(iter(slab.values()))
         return Segment(
             key_tier=stage.keys,
             value_tier=stage.values,
             keys=payloads["keys"],
             values=payloads["values"],
-            positions=torch.tensor(pages, device=some.device) * size,
+            positions=starts,
             last=(max(pages) + 1) * size - 1,
             page_size=size,
             exact=slab.get(EXACT),
@@ -262,12 +267,12 @@ class LayerCache:
             for begin in range(0, len(pages), self.plan.block_pages):
                 block = pages[begin : begin + self.plan.block_pages]
                 slab = self.pools[source].take(block)
-                self.pools[source].remove(block)
                 payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
                 for role in ROLES:
                     kept = self._recode(source, target, payload_of(slab, role), role)
                     payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
                 self.pools[target].add(payload, block)
+                self.pools[source].remove(block)
                 for page in block:
                     self.where[page] = target
 

@@ -75,7 +75,7 @@ class Pool:
                 kept[used : used + tensor.shape[0]] = tensor
 
     def take(self, pages: Sequence[int]) -> Slab:
-        """Copies of the payloads of `pages`, in their order."""
+        """The payloads of `pages`, in their order: views where they lie so, until pages are added or removed."""
         place = {page: slot for slot, page in enumerate(self.pages)}
         parts = [self._rows(index, rows) for index, rows in self._by_slab([place[page] for page in pages])]
         return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -111,11 +111,10 @@ class Pool:
         return runs
 
     def _rows(self, index: int, rows: Sequence[int]) -> Slab:
-        """Copies of rows of one slab."""
+        """Rows of one slab: a view where they follow each other."""
         slab = self.slabs[index]
         where = positions(rows, next(iter(slab.values())))
-        found = {name: as_bytes(tensor)[where] for name, tensor in slab.items()}
-        return {name: (x.clone() if isinstance(where, slice) else x).view(slab[name].dtype) for name, x in found.items()}
+        return {name: as_bytes(tensor)[where].view(tensor.dtype) for name, tensor in slab.items()}
 
     def trim(self) -> None:
         """Give back memory that no page uses."""

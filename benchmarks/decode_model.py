@@ -34,6 +34,8 @@ WORDS = 1024
 """Tokens of the vocabulary: few, so that its products take no time that layers do not."""
 FIRST, ALIKE = 4, 5e-3
 """Steps that are compared before they are timed, and how far their logits may be apart, in 16 bits."""
+WARM = 64
+"""Steps before those that count: as many as pages have tokens, so kernels of a turn are compiled."""
 
 
 def model_of(layers: int, device: str) -> LlamaForCausalLM:
@@ -90,24 +92,24 @@ def next_step(model: Any, cache: Cache, ids: Tensor, context: int, padding: int,
 
 
 class Steps(NamedTuple):
-    """Milliseconds a step: the median, and what one in ten takes at most, which other work on the machine disturbs least."""
+    """Milliseconds a step: the mean over whole turns of pages, all that moves and is recorded included; and the median."""
 
+    mean: float
     median: float
-    least: float
 
 
 def milliseconds(call: Callable[[int], object], device: str, steps: int) -> Steps:
-    """Times of steps, the GPU waited for after each."""
+    """Times of so many steps after the first :data:`WARM`, the GPU waited for after each."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
-    for number in range(steps):
+    for number in range(WARM + steps):
         wait()
         start = time.perf_counter()
         call(number)
         wait()
         times.append(1e3 * (time.perf_counter() - start))
-    kept = sorted(times[steps // 4 :])
-    return Steps(statistics.median(kept), kept[len(kept) // 10])
+    kept = times[WARM:]
+    return Steps(statistics.fmean(kept), statistics.median(kept))
 
 
 def fp16_times(model: Any, batch: int, context: int, padding: int, steps: int) -> dict[str, Steps]:
@@ -122,7 +124,7 @@ def fp16_times(model: Any, batch: int, context: int, padding: int, steps: int) -
         with kernel:
             times[name] = milliseconds(partial(next_step, model, cache, ids, context, padding), device, steps)
     if device == "cuda" and not padding:
-        static = StaticCache(config=model.config, max_cache_len=context + 2 * steps)
+        static = StaticCache(config=model.config, max_cache_len=context + 2 * (WARM + steps))
         step = partial(next_step, model, plain(static, batch, context, layers, device), ids, context, 0)
         step(0)
         graph, _ = capture(partial(step, 1))
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1x8192", "1x32768", "1x131072", "8x8192", "8x32768"])
     parser.add_argument("--ladders", nargs="+", default=["exact", "int8", "int4", "int2", "quality", "default"])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--padding", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
@@ -201,14 +203,14 @@ def main() -> None:
         every = fp16_times(model, batch, context, options.padding, options.steps)
         tried[f"{batch}x{context}"] = {name: time.median for name, time in every.items()}
         fp16 = min(every.values())
-        told = ", ".join(f"{name} {time.median:.2f} ms" for name, time in every.items())
+        told = ", ".join(f"{name} {time.mean:.2f} ms (median {time.median:.2f})" for name, time in every.items())
         print(f"{batch} x {context}: FP16 a step of {options.layers} layers: {told}")
         for ladder in options.ladders:
             gc.collect()
             rows.append(row(model, ladder, batch, context, options.padding, options.steps, fp16, options.backend))
             one = rows[-1]
             print(
-                f"  {ladder:8s} {one['ms'][0]:8.2f} ms  {one['times_fp16'][0]:5.2f} x FP16 (least {one['times_fp16'][1]:5.2f})"
+                f"  {ladder:8s} {one['ms'][0]:8.2f} ms  {one['times_fp16'][0]:5.2f} x FP16 (median {one['times_fp16'][1]:5.2f})"
                 f"  launched {one['launched_ms'][0]:8.2f} ms  {one['times_fewer_bytes']:5.2f} x fewer bytes",
                 flush=True,
             )

@@ -142,7 +142,7 @@ class Recorder:
 
 
 class Steps:
-    """The decode step of one cache: taken as usual first, then recorded, then replayed until pages move.
+    """The decode step of one cache: taken as usual first, recorded, replayed until pages move, and then recorded anew.
 
     Attributes
     ----------
@@ -204,8 +204,8 @@ class Steps:
         inputs, mask = self._inputs(given, layers[0].length), hidden(given)
         if mask is not None and mask.shape != (len(given["input_ids"]), layers[0].length + 1):
             return None
-        begun = self.model is model and self._stands(layers) and same_kind(inputs, self.inputs)
-        begun = begun and self.padded == (mask is not None)
+        alike = self.model is model and same_kind(inputs, self.inputs) and self.padded == (mask is not None)
+        begun, again = alike and self._stands(layers), alike and self.graph is not None
         if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
         if not all(layer.room for layer in layers):
@@ -213,13 +213,19 @@ class Steps:
         self._place(inputs, mask, layers)
         call = partial(self._call, forward, given["past_key_values"], layers)
         if not begun:
-            outputs = call()
             self.held = [layer.held() for layer in layers]
-            return outputs
-        if self.graph is None and not self._record(call, recorder):
-            for layer in layers:
-                layer.window.advance(-1)
-            return None
+            # Kernels of a step like one that was recorded have run, but for those that other pages may need.
+            if not again or self._record(call, recorder) is not None:
+                return call()
+        elif self.graph is None:
+            refused = self._record(call, recorder)
+            if refused is not None:
+                LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", refused)
+                self.wanted = False
+                self.forget()
+                for layer in layers:
+                    layer.window.advance(-1)
+                return None
         self.graph.replay()
         return copied(self.outputs)
 
@@ -287,12 +293,10 @@ class Steps:
             for layer in layers:
                 layer.window.place = None
 
-    def _record(self, call: Callable[[], Any], recorder: Recorder) -> bool:
-        """Record a step; whether that was possible."""
+    def _record(self, call: Callable[[], Any], recorder: Recorder) -> RuntimeError | None:
+        """Record a step; what was raised if that was not possible, as where a kernel has not run yet."""
         try:
             self.graph, self.outputs = recorder.record(call)
         except RuntimeError as error:
-            LOG.warning("decode steps of this model are not recorded, since a CUDA graph refused one: %s", error)
-            self.forget()
-            self.wanted = False
-        return self.wanted
+            return error
+        return None

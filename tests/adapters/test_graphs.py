@@ -162,6 +162,39 @@ def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace
     assert counts.replayed == 11
 
 
+def test_the_first_step_after_pages_moved_is_recorded(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"], 90)
+    recorded = []
+    for i in range(60):
+        moved = len(caches[0].layers[0].engine.where)
+        one_by_one(model, caches, ids(1, seed=i))
+        recorded.append((counts.recorded, len(caches[0].layers[0].engine.where) - moved))
+    turn = [moves for _, moves in recorded].index(1)
+    assert [number for number, _ in recorded[:2]] == [0, 1]
+    assert [number for number, _ in recorded[turn - 1 : turn + 3]] == [1, 1, 2, 2]
+
+
+def test_a_step_that_cannot_be_recorded_yet_is_taken_as_usual(
+    model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other pages may need a kernel that has not been compiled."""
+    real, asked = graphs.capture, []
+
+    def refuse(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
+        asked.append(beside)
+        if len(asked) == 2:
+            raise RuntimeError("not compiled for this yet")
+        return real(call, stream, beside)
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    caches = both(model, LADDERS["int4"], 90)
+    with caplog.at_level(logging.WARNING):
+        one_by_one(model, caches, ids(60, seed=6))
+    assert len(asked) == 3
+    assert counts.recorded == 2
+    assert not caplog.records
+
+
 def test_copies_record_for_themselves(model: Any, counts: SimpleNamespace) -> None:
     caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(4, seed=6))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -67,12 +68,19 @@ class Dispatch:
             Its constants, the last of its parameters, in order.
         options
             Warps, registers and the like.
+
+        Raises
+        ------
+        RuntimeError
+            If it is the first of its kind and a CUDA graph is being recorded, which takes no kernel that must be compiled.
         """
         key = (kernel, arguments[0].device, *facts.values(), *options.items(), *kind_of(arguments, []))
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*arguments, *facts.values())
             return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{kernel.__name__} is not compiled for this yet")
         compiled = kernel[grid](*arguments, **facts, **options)
         # The interpreter compiles nothing.
         if compiled is not None:

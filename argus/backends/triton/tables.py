@@ -126,17 +126,15 @@ def parts_of(payload: Payload) -> Payload:
 
 def addresses(segments: Sequence[Segment], facts: int) -> Tensor:
     """``[pages, FIELDS]`` int64: where each page's tensors begin, 0 where it has none, and `facts`."""
-    starts, steps = [], []
+    blocks = []
     for segment in segments:
         kept = [payload.get(name) for payload in (parts_of(segment.keys), parts_of(segment.values)) for name in NAMES]
         tensors = [*kept, segment.exact, segment.keys.get("mean"), segment.values.get("mean")]
-        starts.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-        steps.append([0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors])
-    counts = torch.tensor([len(segment.positions) for segment in segments])
-    number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    first, step = (torch.tensor(x).repeat_interleave(counts, 0) for x in (starts, steps))
-    places = first + step * number.unsqueeze(-1)
-    return torch.cat([places, torch.full((len(places), 1), facts)], 1)
+        starts = [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), facts]
+        steps = [*(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors), 0]
+        number = torch.arange(len(segment.positions)).unsqueeze(-1)
+        blocks.append(torch.tensor(starts) + torch.tensor(steps) * number)
+    return torch.cat(blocks)
 
 
 Lay = Callable[[Any, bool, Segment], Tensor]
