@@ -151,8 +151,8 @@ class LayerCache:
 
     @property
     def room(self) -> int:
-        """Tokens that the window's buffer takes before pages move."""
-        return min(self.window.room, self.plan.window + self.plan.page_size - 1 - len(self.window))
+        """Tokens that the window's buffer takes until pages move, the one after which they do included."""
+        return min(self.window.room, self.plan.window + self.plan.page_size - len(self.window))
 
     @property
     def recordable(self) -> bool:
@@ -163,7 +163,7 @@ class LayerCache:
 
     def reserve(self) -> None:
         """Have room in the window for all tokens until pages move."""
-        self.window.reserve(self.plan.window + self.plan.page_size - 1)
+        self.window.reserve(self.plan.window + self.plan.page_size)
 
     def held(self) -> tuple[object, ...]:
         """What a recorded step reads: the same objects as long as it may be replayed."""

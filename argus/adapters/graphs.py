@@ -186,7 +186,7 @@ class Steps:
         given: dict[str, Any],
         layers: Sequence[LayerCache],
     ) -> Any | None:
-        """The outputs of a step; None where it must be taken as usual.
+        """The outputs of a step; None where it must be taken as usual. Pages may be due to move then.
 
         Parameters
         ----------
@@ -208,7 +208,9 @@ class Steps:
         begun, again = alike and self._stands(layers), alike and self.graph is not None
         if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
-        if not all(layer.room for layer in layers):
+        # After the last token that there is room for pages move, which must neither be recorded nor need queries.
+        last = 1 if self.graph is None or layers[0].plan.needs_queries else 0
+        if min(layer.room for layer in layers) <= last:
             return None
         self._place(inputs, mask, layers)
         call = partial(self._call, forward, given["past_key_values"], layers)

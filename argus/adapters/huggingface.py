@@ -48,6 +48,10 @@ class Transcript:
             tokens = tokens.to(torch.int32)
             self.tokens = tokens if self.tokens is None else torch.cat([self.tokens[:, :seen], tokens], 1)
 
+    def context(self, queries: Tensor | None = None) -> Context:
+        """What pages are told when they are born."""
+        return Context(self.tokens, self.padding, queries)
+
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
         self.tokens = None if self.tokens is None else self.tokens.index_select(0, rows)
@@ -103,7 +107,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        self.engine.age(Context(self.transcript.tokens, self.transcript.padding, self._recent(module, query, scale)))
+        self.engine.age(self.transcript.context(self._recent(module, query, scale)))
         return out
 
     def _recent(self, module: Any, query: Tensor, scale: float) -> Tensor | None:
@@ -193,6 +197,12 @@ class ArgusCache(Cache):  # type: ignore[misc]
         """Note what a forward pass is about to write."""
         self.transcript.note(self.get_seq_length(), tokens, mask)
 
+    def age(self) -> None:
+        """Let pages move that are due after a step which was replayed; others let them move themselves."""
+        for layer in self.layers:
+            if layer.engine.due:
+                layer.engine.age(self.transcript.context())
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.transcript.select(beam_idx)
@@ -278,6 +288,7 @@ def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args:
         given = kwargs | dict(zip(("input_ids",), args, strict=False))
         outputs = cache.steps.take(model, forward, recorder, given, [layer.engine for layer in cache.layers])
         if outputs is not None:
+            cache.age()
             return outputs
     return forward(*args, **kwargs)
 

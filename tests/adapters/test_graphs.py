@@ -33,6 +33,10 @@ LADDERS = {
     ],
     "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
     "outliers": ["tiers=int2", "tiers.page_size=64", "tiers.window=16", "outliers=topk"],
+    "salience": [
+        "tiers=default", "tiers.page_size=16", "tiers.window=8", "tiers.order=[int8,int4]", "tiers.stages.int8.capacity=32",
+        "aging=salience", "anchors=salience",
+    ],
 }  # fmt: skip
 EXACT = ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])]
 """Codes differ where numbers differ in their last bit; exact pages do not."""
@@ -172,6 +176,7 @@ def test_the_first_step_after_pages_moved_is_recorded(model: Any, counts: Simple
     turn = [moves for _, moves in recorded].index(1)
     assert [number for number, _ in recorded[:2]] == [0, 1]
     assert [number for number, _ in recorded[turn - 1 : turn + 3]] == [1, 1, 2, 2]
+    assert counts.replayed == len(recorded) - 1
 
 
 def test_a_step_that_cannot_be_recorded_yet_is_taken_as_usual(

@@ -164,6 +164,11 @@ def is_laid(form: object, payload: Payload, page: int) -> bool:
     return in_projection(form, payload, page) or booked(form)
 
 
+def forms_of(segment: Segment) -> tuple[Any, Any]:
+    """The forms of keys and of values."""
+    return segment.key_tier.form("keys"), segment.value_tier.form("values")
+
+
 def facts_of(key_form: object, value_form: object, page: int) -> int:
     """What the kernel for codes of any width is told of a page; 0 where it does not read it.
 
@@ -197,26 +202,37 @@ def mix(runs: Sequence[Run]) -> list[Run]:
     return [joint, *(run for run in runs if run not in joint.members)]
 
 
-def make_run(segments: Sequence[Segment], laid: Lay = lay) -> Run:
-    """The table of segments of one stage."""
+def make_run(segments: Sequence[Segment], table: Tensor, positions: Tensor, aligned: bool, laid: Lay) -> Run:
+    """The run of segments of one stage."""
     first = segments[0]
-    key_form, value_form = first.key_tier.form("keys"), first.value_tier.form("values")
-    table = addresses(segments, facts_of(key_form, value_form, first.page_size))
+    key_form, value_form = forms_of(first)
     shared = ((key_form, first.keys, True), (value_form, first.values, False))
     return Run(
         key_form=key_form,
         value_form=value_form,
         keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
         values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
-        table=table.to(first.positions.device),
-        positions=torch.cat([segment.positions for segment in segments]).to(torch.int64),
+        table=table,
+        positions=positions,
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
         laid=tuple(laid(form, back, first) for form, kept, back in shared if is_laid(form, kept, first.page_size)),
-        aligned=not (table[:, :-1] % 16).any(),
+        aligned=aligned,
         outliers=(first.outliers.get("keys"), first.outliers.get("values")),
     )
+
+
+def make_runs(groups: Sequence[Sequence[Segment]], laid: Lay) -> list[Run]:
+    """The runs of several stages, whose tables go to the device in one copy."""
+    if not groups:
+        return []
+    tables = [addresses(group, facts_of(*forms_of(group[0]), group[0].page_size)) for group in groups]
+    counts = [len(table) for table in tables]
+    held = torch.cat(tables).to(groups[0][0].positions.device).split(counts)
+    places = torch.cat([segment.positions for group in groups for segment in group]).to(torch.int64).split(counts)
+    aligned = [not (table[:, :-1] % 16).any() for table in tables]
+    return [make_run(*one, laid) for one in zip(groups, held, places, aligned, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -248,7 +264,7 @@ def sort(segments: Sequence[Segment], laid: Lay = lay) -> Pages:
             groups.append([place])
         else:
             others.append(place)
-    runs = [make_run([segments[place] for place in group], laid) for group in groups]
+    runs = make_runs([[segments[place] for place in group] for group in groups], laid)
     where: list[tuple[Run, int] | None] = [None] * len(segments)
     for group, run in zip(groups, runs, strict=True):
         done = 0
