@@ -147,7 +147,7 @@ def answer(query: Query, parts: Sequence[Part]) -> Partial:
     """The answer of several parts at once: their scores share one softmax, their values are mixed one after another."""
     widths = [part.tokens for part in parts]
     scores = torch.cat([part.scores(query) for part in parts], -1)
-    highest = scores.amax(-1, keepdim=True)
+    highest = scores.detach().amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)

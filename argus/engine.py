@@ -111,8 +111,17 @@ class LayerCache:
         return max(0, len(self.window) - self.plan.window) // self.plan.page_size
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Take the next tokens, ``[B, H, S, D]``, exact."""
-        self.shape = (keys.shape[0], keys.shape[1], keys.shape[3])
+        """Take the next tokens, ``[B, H, S, D]``, exact.
+
+        Raises
+        ------
+        ArgusError
+            If batch, heads or head_dim are not those of the tokens held.
+        """
+        shape = (keys.shape[0], keys.shape[1], keys.shape[3])
+        if self.length and shape != self.shape:
+            raise ArgusError(f"tokens of batch, heads and head_dim {shape} cannot follow those held, of {self.shape}")
+        self.shape = shape
         self.window.append(keys, values)
 
     def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
@@ -282,22 +291,28 @@ class LayerCache:
         start = self.window.start
         pages = [gate(to_pages(x, size)) for x in self.window.first(n * size)]
         kept = self._choose_tokens(pages[0], pages[1], start, known)
-        if kept is not None:
-            self.exact.add(pages[0], pages[1], start, kept)
+        chosen: dict[Role, Tensor] = {}
         rests = {}
         for role, x in zip(ROLES, pages, strict=True):
-            chosen = self.plan.outliers.choose(x, role)
-            if chosen is not None:
-                if kept is not None:
-                    chosen &= ~kept.unsqueeze(-1)
-                self.outliers[role].add(x, chosen, len(self.where))
-            rests[role] = smooth(x, kept, chosen)
+            outlying = self.plan.outliers.choose(x, role)
+            if outlying is not None:
+                chosen[role] = outlying if kept is None else outlying & ~kept.unsqueeze(-1)
+            rests[role] = smooth(x, kept, chosen.get(role))
+        added = []
         for target in sorted(set(targets)):
             rows = [i for i, t in enumerate(targets) if t == target]
             payload: Slab = {} if kept is None else {EXACT: kept[rows]}
             for role in ROLES:
                 payload |= self._encode(target, rests[role][rows] if len(rows) < n else rests[role], role)
-            self.pools[target].add(payload, [len(self.where) + i for i in rows])
+            added.append((target, payload, [len(self.where) + i for i in rows]))
+        # Tiers and policies may raise; from here on all is kept.
+        if kept is not None:
+            self.exact.add(pages[0], pages[1], start, kept)
+        for role, x in zip(ROLES, pages, strict=True):
+            if role in chosen:
+                self.outliers[role].add(x, chosen[role], len(self.where))
+        for target, payload, born in added:
+            self.pools[target].add(payload, born)
         self.where += targets
         self.window.drop(n * size)
 
@@ -339,17 +354,32 @@ class LayerCache:
         self.exact.write(keys, values, pages[0] * self.plan.page_size)
         return keys, values
 
-    def crop(self, length: int) -> None:
-        """Forget every token from position `length` on; a page that is cut comes back to the window as it reads."""
+    def check_crop(self, length: int) -> None:
+        """Raise unless tokens from position `length` on can be forgotten.
+
+        Raises
+        ------
+        ArgusError
+        """
         if not 0 <= length <= self.length:
             raise ArgusError(f"crop to {length} tokens: allowed is 0 to {self.length}, the tokens held")
+        least = self.forgotten * self.plan.page_size + (self.reach or 1) - 1
+        if self.forgotten and 0 < length < least:
+            raise ArgusError(f"crop to {length} tokens: allowed is 0 or {least} on, what comes before is forgotten")
+
+    def crop(self, length: int) -> None:
+        """Forget every token from position `length` on; a page that is cut comes back to the window as it reads.
+
+        Raises
+        ------
+        ArgusError
+            As :meth:`check_crop`.
+        """
+        self.check_crop(length)
         if length == 0:
             self.reset()
             return
         size = self.plan.page_size
-        least = self.forgotten * size + (self.reach or 1) - 1
-        if self.forgotten and length < least:
-            raise ArgusError(f"crop to {length} tokens: allowed is 0 or {least} on, what comes before is forgotten")
         whole, rest = divmod(length, size)
         if length >= len(self.where) * size:
             self.window.crop(self.length - length)

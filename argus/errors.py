@@ -19,3 +19,7 @@ class ModelError(ArgusError):
 
 class RangeError(ArgusError):
     """Keys or values hold NaN, infinity, or numbers beyond FP16's range."""
+
+
+class NotCompiledError(ArgusError):
+    """A kernel has to be compiled first, while a CUDA graph is recorded."""

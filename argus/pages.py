@@ -114,6 +114,8 @@ class Pool:
         """Rows of one slab: a view where they follow each other."""
         slab = self.slabs[index]
         where = positions(rows, next(iter(slab.values())))
+        if isinstance(where, slice):
+            return {name: tensor[where] for name, tensor in slab.items()}
         return {name: as_bytes(tensor)[where].view(tensor.dtype) for name, tensor in slab.items()}
 
     def trim(self) -> None:

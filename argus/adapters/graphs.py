@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from argus.engine import LayerCache
+from argus.errors import NotCompiledError
 from argus.pages import Place
 
 LOG = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
 """What a recorded step is given."""
 LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What it is not given: queries know their positions, and masks that hide tokens have places of their own."""
+CAPTURING = "output_capturing_hook"
+"""Name of the hooks that transformers leaves in a model which was once asked for hidden states."""
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def plain_step(model: Any, given: dict[str, Any]) -> bool:
         return False
     if options(given).keys() - {"logits_to_keep", "return_dict"} or given.get("return_dict") is False:
         return False
-    return mask is None or mask.dim() == 2
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
 def hidden(given: dict[str, Any]) -> Tensor | None:
@@ -111,11 +114,18 @@ def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
 
 
 def alone(model: Any, forward: Callable[..., Any]) -> bool:
-    """Whether all that a step does is in its kernels: positions are told, and nothing of others' runs inside, as hooks do."""
-    return "position_ids" in inspect.signature(forward).parameters and not any(
-        part is not model and (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
-        for part in model.modules()
-    )
+    """Whether all that a step does is in its kernels: positions are told, and nothing of others' runs inside, as hooks do.
+
+    Hooks by which transformers takes hidden states do nothing unless these are asked for.
+    """
+    if "position_ids" not in inspect.signature(forward).parameters:
+        return False
+    for part in model.modules():
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        others = any(getattr(hook, "__name__", "") != CAPTURING for hook in hooks)
+        if part is not model and (others or hasattr(part, "_hf_hook")):
+            return False
+    return True
 
 
 class Recorder:
@@ -133,11 +143,15 @@ class Recorder:
         return Recorder()
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Any]:
-        """A graph of `call`, and its outputs. The memory of one that fails stays taken: the next has its own."""
+        """A graph of `call`, and its outputs. The memory of one that CUDA refuses stays taken: the next has its own."""
         if self.stream is None and torch.cuda.is_available():
             self.stream = torch.cuda.Stream()
         beside, self.last = self.last, None
-        self.last, outputs = capture(call, self.stream, beside)
+        try:
+            self.last, outputs = capture(call, self.stream, beside)
+        except NotCompiledError:
+            self.last = beside
+            raise
         return self.last, outputs
 
 
@@ -295,10 +309,10 @@ class Steps:
             for layer in layers:
                 layer.window.place = None
 
-    def _record(self, call: Callable[[], Any], recorder: Recorder) -> RuntimeError | None:
+    def _record(self, call: Callable[[], Any], recorder: Recorder) -> Exception | None:
         """Record a step; what was raised if that was not possible, as where a kernel has not run yet."""
         try:
             self.graph, self.outputs = recorder.record(call)
-        except RuntimeError as error:
+        except (RuntimeError, NotCompiledError) as error:
             return error
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -21,45 +22,72 @@ from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
 from argus.engine import Context, LayerCache
-from argus.errors import ModelError
+from argus.errors import ArgusError, ModelError
 from argus.ledger import Ledger, measure
 from argus.plan import Plan
 from argus.policies.base import RECENT, TextFacts
 
 NAME = "argus"
 """Name of the attention and mask functions in the registries of transformers."""
+UNKNOWN = -1
+"""Stands for a token of which only the embedding is known."""
 
 
 @dataclass
 class Transcript:
-    """The tokens that a cache has seen, where a policy asks for them, and each row's padding."""
+    """The tokens that a cache has seen, where a policy asks for them, and each row's padding.
+
+    Attributes
+    ----------
+    wanted : bool
+        Whether a policy asks for tokens.
+    tokens : Tensor or None
+        ``[B, L]`` int32, :data:`UNKNOWN` where embeddings came without them.
+    padding : Tensor or None
+        ``[B]`` int64, tokens of padding on the left.
+    most : int
+        The largest padding of a row.
+    """
 
     wanted: bool
     tokens: Tensor | None = None
     padding: Tensor | None = None
+    most: int = 0
 
     def note(self, seen: int, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Note the `tokens` ``[B, S]`` and 2D `mask` of a forward pass over a cache of `seen` tokens."""
+        """Note the `tokens` ``[B, S]`` and the mask of a forward pass over a cache of `seen` tokens."""
         if seen == 0:
-            self.tokens = self.padding = None
-            if mask is not None and mask.dim() == 2:
-                self.padding = (mask.cumsum(-1) == 0).sum(-1)
+            self.forget()
+        if seen <= self.most and isinstance(mask, Tensor) and mask.dim() == 2:
+            self.padding = (mask.cumsum(-1) == 0).sum(-1)
+            self.most = int(self.padding.amax())
         if self.wanted and tokens is not None and (seen == 0 or self.tokens is not None):
             tokens = tokens.to(torch.int32)
             self.tokens = tokens if self.tokens is None else torch.cat([self.tokens[:, :seen], tokens], 1)
 
-    def context(self, queries: Tensor | None = None) -> Context:
-        """What pages are told when they are born."""
-        return Context(self.tokens, self.padding, queries)
+    def forget(self) -> None:
+        """Forget everything."""
+        self.tokens, self.padding, self.most = None, None, 0
+
+    def context(self, device: torch.device, queries: Tensor | None = None) -> Context:
+        """What pages on `device` are told when they are born."""
+        tokens, padding = (None if x is None else x.to(device) for x in (self.tokens, self.padding))
+        return Context(tokens, padding, queries)
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
-        self.tokens = None if self.tokens is None else self.tokens.index_select(0, rows)
-        self.padding = None if self.padding is None else self.padding.index_select(0, rows)
+        self.tokens, self.padding = (
+            None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.tokens, self.padding)
+        )
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Every tensor held."""
         return [("tokens", tensor) for tensor in (self.tokens, self.padding) if tensor is not None]
+
+
+def unscaled(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off where it is on: a cache's dtypes are its own."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -85,12 +113,17 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[ArgusLayer, ArgusLayer]:
         """Write keys and values ``[B, H, S, D]``."""
+        with unscaled(key_states.device):
+            self.engine.write(key_states, value_states)
         self.is_initialized = True
-        self.engine.write(key_states, value_states)
         return self, self
 
     def attend(self, module: Any, query: Tensor, mask: Tensor | None, scaling: float | None, **options: Any) -> Tensor:
-        """Answer queries ``[B, Hq, S, D]`` as ``[B, S, Hq, D]``, then let pages age."""
+        """Answer queries ``[B, Hq, S, D]`` as ``[B, S, Hq, D]``, contiguous, then let pages age."""
+        with unscaled(query.device):
+            return self._attend(module, query, mask, scaling, **options)
+
+    def _attend(self, module: Any, query: Tensor, mask: Tensor | None, scaling: float | None, **options: Any) -> Tensor:
         softcap, sinks = options.get("softcap"), options.get("s_aux")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         length, steps = self.engine.length, query.shape[2]
@@ -107,8 +140,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        self.engine.age(self.transcript.context(self._recent(module, query, scale)))
-        return out
+        self.engine.age(self.transcript.context(query.device, self._recent(module, query, scale)))
+        return out.contiguous()
 
     def _recent(self, module: Any, query: Tensor, scale: float) -> Tensor | None:
         """The newest queries ``[B, H, R, D]``, if pages leave the window now and a policy asks for them."""
@@ -194,14 +227,48 @@ class ArgusCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[ArgusLayer(self.plan, self.transcript, reach) for reach in known.reaches])
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Note what a forward pass is about to write."""
+        """Note what a forward pass is about to write.
+
+        Raises
+        ------
+        ArgusError
+            If a pass over this cache was broken off and could not be taken back.
+        """
+        lengths = {layer.engine.length for layer in self.layers}
+        if len(lengths) > 1:
+            raise ArgusError(
+                f"layers hold {sorted(lengths)} tokens since a step was broken off; allowed: cache.reset(), or a new cache"
+            )
         self.transcript.note(self.get_seq_length(), tokens, mask)
+
+    def reset(self) -> None:
+        super().reset()
+        self.transcript.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop ``-tokens_to_remove`` tokens of every layer, or of none; a positive number is the length to keep (5.17)."""
+        count, held = int(tokens_to_remove), self.get_seq_length()
+        self.keep(min(held, count if count > 0 else max(held + count, 0)))
+
+    def keep(self, length: int) -> None:
+        """Forget tokens from position `length` on.
+
+        Raises
+        ------
+        ArgusError
+            If a layer cannot; then none does.
+        """
+        longer = [layer.engine for layer in self.layers if layer.engine.length > length]
+        for engine in longer:
+            engine.check_crop(length)
+        for engine in longer:
+            engine.crop(length)
 
     def age(self) -> None:
         """Let pages move that are due after a step which was replayed; others let them move themselves."""
         for layer in self.layers:
             if layer.engine.due:
-                layer.engine.age(self.transcript.context())
+                layer.engine.age(self.transcript.context(next(iter(layer.engine.window.tensors())).device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -261,15 +328,22 @@ def argus_attention(
     parts: list[Part] = [DensePart(key, value, lambda query: query.visible(positions, key.shape[2] - 1))]
     if sinks is not None:
         parts.append(SinkPart(sinks))
-    return answer_bounded(asked, parts).out.view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype), None
+    out = answer_bounded(asked, parts).out.view(batch, heads, steps, -1).transpose(1, 2)
+    return out.to(query.dtype).contiguous(), None
 
 
 def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask function: none where it is plainly causal, since queries know their positions; else as SDPA's."""
+    """Mask function: none where it is plainly causal, since queries know their positions; else as SDPA's.
+
+    Keys after the last query, as of a static cache, are hidden by a mask.
+    """
     padding, local = kwargs.get("attention_mask"), kwargs.get("local_size")
-    plain = kwargs.get("allow_is_causal_skip", True) and (local is None or kwargs["kv_length"] < local)
+    ends = kwargs.get("kv_offset", 0) + kwargs["kv_length"] == kwargs.get("q_offset", 0) + kwargs["q_length"]
+    plain = kwargs.get("allow_is_causal_skip", True) and ends and (local is None or kwargs["kv_length"] < local)
     if plain and (padding is None or bool(padding.all())):
         return None
+    if not ends:
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
@@ -277,20 +351,32 @@ def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, ArgusCache):
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        if tokens is None and embeddings is not None:
+            tokens = torch.full(embeddings.shape[:2], UNKNOWN, dtype=torch.int32, device=embeddings.device)
         cache.note(tokens, kwargs.get("attention_mask"))
 
 
 def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
-    """A model's ``forward``, replayed where a step of an :class:`ArgusCache` was recorded."""
+    """A model's ``forward``, replayed where a step of an :class:`ArgusCache` was recorded.
+
+    What a pass that fails has written is taken back.
+    """
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, ArgusCache) and cache.steps is not None and len(args) < 2:
-        given = kwargs | dict(zip(("input_ids",), args, strict=False))
-        outputs = cache.steps.take(model, forward, recorder, given, [layer.engine for layer in cache.layers])
-        if outputs is not None:
-            cache.age()
-            return outputs
-    return forward(*args, **kwargs)
+    if not isinstance(cache, ArgusCache):
+        return forward(*args, **kwargs)
+    before = cache.get_seq_length()
+    try:
+        if cache.steps is not None and len(args) < 2:
+            given = kwargs | dict(zip(("input_ids",), args, strict=False))
+            outputs = cache.steps.take(model, forward, recorder, given, [layer.engine for layer in cache.layers])
+            if outputs is not None:
+                cache.age()
+                return outputs
+        return forward(*args, **kwargs)
+    except Exception:
+        cache.keep(before)
+        raise
 
 
 def activate(model: Any) -> None:
@@ -372,34 +458,42 @@ def patch_model_with_argus(
     """
     plan = make_plan(model, tiers, tokenizer)
     unpatch(model)
-    generate = model.generate
-
-    def generate_with_argus(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = ArgusCache(model, plan=plan)
-        return generate(*args, **kwargs)
-
-    def use_argus(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if cache is None and (model.config.use_cache if used is None else used) and not model.training:
-            kwargs["past_key_values"] = ArgusCache(model, plan=plan)
-        elif cache is not None and not isinstance(cache, ArgusCache):
-            raise ModelError(
-                f"this model is patched with ARGUS but was given a {type(cache).__name__}; allowed: an ArgusCache, no cache, "
-                "or argus.unpatch(model) first"
-            )
-        return args, kwargs
-
-    model._argus_patch = model.register_forward_pre_hook(use_argus, with_kwargs=True)
-    model.generate = generate_with_argus
+    replaced, generate = vars(model).get("generate"), model.generate
+    model._argus_patch = (model.register_forward_pre_hook(partial(_use_argus, plan), with_kwargs=True), replaced)
+    model.generate = wraps(generate)(partial(_generate, model, generate, plan))
     activate(model)
     return model
+
+
+def _generate(model: Any, generate: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """A model's ``generate``, with an ARGUS cache unless it is given one, or none is wanted."""
+    if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+        kwargs["past_key_values"] = ArgusCache(model, plan=plan)
+    return generate(*args, **kwargs)
+
+
+def _use_argus(
+    plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a forward pass an ARGUS cache where transformers would make one."""
+    cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if cache is None and (model.config.use_cache if used is None else used) and not model.training:
+        kwargs["past_key_values"] = ArgusCache(model, plan=plan)
+    elif cache is not None and not isinstance(cache, ArgusCache):
+        raise ModelError(
+            f"this model is patched with ARGUS but was given a {type(cache).__name__}; allowed: an ArgusCache, no cache, "
+            "or argus.unpatch(model) first"
+        )
+    return args, kwargs
 
 
 def unpatch(model: Any) -> Any:
     """Restore a model that :func:`patch_model_with_argus` patched, or that an :class:`ArgusCache` switched."""
     if hasattr(model, "_argus_patch"):
-        model._argus_patch.remove()
+        hook, replaced = model._argus_patch
+        hook.remove()
         del model._argus_patch, model.generate
+        if replaced is not None:
+            model.generate = replaced
     deactivate(model)
     return model

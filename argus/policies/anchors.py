@@ -56,7 +56,9 @@ class Lines(Anchors):
         kept = ends.clone()
         for step in range(1, self.config.tokens):
             kept[:, :-step] |= ends[:, step:]
-        return kept[:, : n * page].view(batch, n, 1, page).transpose(0, 1)
+        # Tokens may be known of the first only.
+        kept = torch.nn.functional.pad(kept[:, : n * page], (0, max(0, n * page - kept.shape[1])))
+        return kept.view(batch, n, 1, page).transpose(0, 1)
 
 
 class NoveltyConfig(PolicyConfig):

@@ -14,6 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from argus.errors import NotCompiledError
+
 ALIGNED = 16
 """Bytes; Triton compiles for pointers that are multiples of it, and for others."""
 
@@ -71,7 +73,7 @@ class Dispatch:
 
         Raises
         ------
-        RuntimeError
+        NotCompiledError
             If it is the first of its kind and a CUDA graph is being recorded, which takes no kernel that must be compiled.
         """
         key = (kernel, arguments[0].device, *facts.values(), *options.items(), *kind_of(arguments, []))
@@ -80,7 +82,7 @@ class Dispatch:
             compiled[grid](*arguments, *facts.values())
             return
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{kernel.__name__} is not compiled for this yet")
+            raise NotCompiledError(f"{kernel.__name__} is not compiled for this yet")
         compiled = kernel[grid](*arguments, **facts, **options)
         # The interpreter compiles nothing.
         if compiled is not None:
