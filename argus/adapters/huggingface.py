@@ -337,8 +337,9 @@ def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
     Keys after the last query, as of a static cache, are hidden by a mask.
     """
-    padding, local = kwargs.get("attention_mask"), kwargs.get("local_size")
-    ends = kwargs.get("kv_offset", 0) + kwargs["kv_length"] == kwargs.get("q_offset", 0) + kwargs["q_length"]
+    padding, local, start = kwargs.get("attention_mask"), kwargs.get("local_size"), kwargs.get("q_offset", 0)
+    # A static cache tells where queries start on the device.
+    ends = not isinstance(start, Tensor) and kwargs.get("kv_offset", 0) + kwargs["kv_length"] == start + kwargs["q_length"]
     plain = kwargs.get("allow_is_causal_skip", True) and ends and (local is None or kwargs["kv_length"] < local)
     if plain and (padding is None or bool(padding.all())):
         return None
