@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Dense, Segment
+from argus.backends.base import Dense, ExactRows, Segment
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens
 from argus.pages import Pool, Slab, Window, smooth, to_pages
@@ -89,10 +89,11 @@ class LayerCache:
         self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self._segments: list[Segment] | None = None
+        self._known: dict[int, tuple[list[int], Segment]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """A copy finds its own pages."""
-        return self.__dict__ | {"_segments": None}
+        return self.__dict__ | {"_segments": None, "_known": {}}
 
     @property
     def values(self) -> int:
@@ -181,20 +182,50 @@ class LayerCache:
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""
         if self._segments is None:
+            outliers = {role: numbers.rows for role, numbers in self.outliers.items() if numbers.rows is not None}
             blocks = [
                 (stage, slab, pages)
                 for stage, pool in zip(self.plan.stages, self.pools, strict=True)
                 for slab, pages in pool.blocks()
             ]
+            found = [self._found(slab, pages, outliers) for _, slab, pages in blocks]
+            new = [block for block, one in zip(blocks, found, strict=True) if one is None]
             # One copy to the device for all blocks.
-            held = [page for _, _, pages in blocks for page in pages]
-            device = next(iter(blocks[0][1].values())).device if blocks else None
+            held = [page for _, _, pages in new for page in pages]
+            device = next(iter(new[0][1].values())).device if new else None
             starts = torch.tensor(held, dtype=torch.int64, device=device) * self.plan.page_size
-            places = starts.split([len(pages) for _, _, pages in blocks])
-            self._segments = [self._segment(*block, place) for block, place in zip(blocks, places, strict=True)]
+            places = starts.split([len(pages) for _, _, pages in new])
+            made = iter([self._segment(*block, outliers, place) for block, place in zip(new, places, strict=True)])
+            self._segments = [next(made) if one is None else one for one in found]
+            self._known = {
+                id(tensor): (pages, segment)
+                for (_, slab, pages), segment in zip(blocks, self._segments, strict=True)
+                for tensor in slab.values()
+            }
         return self._segments
 
-    def _segment(self, stage: Stage, slab: Slab, pages: list[int], starts: Tensor) -> Segment:
+    def _found(self, slab: Slab, pages: list[int], outliers: dict[Role, ExactRows]) -> Segment | None:
+        """The segment of pages that lie where they did, if it was made before."""
+        found = [self._known.get(id(tensor)) for tensor in slab.values()]
+        if not found or found[0] is None:
+            return None
+        known, segment = found[0]
+        same = known == pages and all(one is not None and one[1] is segment for one in found)
+        same = same and segment.outliers.keys() == outliers.keys()
+        return segment if same and all(segment.outliers[role] is outliers[role] for role in outliers) else None
+
+    def _let_go(self) -> None:
+        """Forget segments of pages that lie elsewhere by now, whose memory they would hold."""
+        held = {id(tensor) for pool in self.pools for slab in pool.slabs for tensor in slab.values()}
+        self._known = {
+            key: (pages, segment)
+            for key, (pages, segment) in self._known.items()
+            if key in held and all(rows is self.outliers[role].rows for role, rows in segment.outliers.items())
+        }
+
+    def _segment(
+        self, stage: Stage, slab: Slab, pages: list[int], outliers: dict[Role, ExactRows], starts: Tensor
+    ) -> Segment:
         size = self.plan.page_size
         payloads = {role: payload_of(slab, role) for role in ROLES}
         return Segment(
@@ -206,7 +237,7 @@ class LayerCache:
             last=(max(pages) + 1) * size - 1,
             page_size=size,
             exact=slab.get(EXACT),
-            outliers={role: numbers.rows for role, numbers in self.outliers.items() if numbers.rows is not None},
+            outliers=outliers,
             block_pages=self.plan.block_pages,
             first=min(pages) * size,
         )
@@ -240,6 +271,7 @@ class LayerCache:
         self.window.settle()
         for pool in self.pools:
             pool.trim()
+        self._let_go()
 
     def _forget(self) -> None:
         """Forget the pages that no later query sees, in the window too."""
@@ -398,6 +430,7 @@ class LayerCache:
             self.window.append(back[0][:, :, :rest], back[1][:, :, :rest])
             self.window.settle()
         self._segments = None
+        self._let_go()
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it (int64 ``[B']``): reorder, repeat, or keep some."""
@@ -410,6 +443,7 @@ class LayerCache:
         if self.shape is not None:
             self.shape = (len(rows), *self.shape[1:])
         self._segments = None
+        self._let_go()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor held, each with what it is for: ``stage.<place>``, ``exact``, ``outliers`` or ``window``."""
@@ -424,7 +458,7 @@ class LayerCache:
                 yield "outliers", tensor
         for tensor in self.window.tensors():
             yield "window", tensor
-        for segment in self._segments or ():
+        for segment in (*(self._segments or ()), *(segment for _, segment in self._known.values())):
             yield "index", segment.positions
 
 

@@ -129,11 +129,12 @@ class Pool:
                     slab[name] = tensor[:rest].clone()
 
     def blocks(self) -> Iterator[tuple[Slab, list[int]]]:
-        """Each slab's used part and its pages."""
+        """Each slab's used part, the very tensors where all is used, and its pages."""
         for index, slab in enumerate(self.slabs):
             pages = self.pages[index * self.slab_pages : (index + 1) * self.slab_pages]
             if pages:
-                yield {name: tensor[: len(pages)] for name, tensor in slab.items()}, pages
+                used = len(pages)
+                yield {name: x if x.shape[0] == used else x[:used] for name, x in slab.items()}, pages
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from argus.tiers.base import Tier
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Pages of one stage, up to a bounded block, as the backend sees them.
 

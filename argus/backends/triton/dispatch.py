@@ -81,7 +81,7 @@ class Dispatch:
         if compiled is not None:
             compiled[grid](*arguments, *facts.values())
             return
-        if torch.cuda.is_current_stream_capturing():
+        if arguments[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise NotCompiledError(f"{kernel.__name__} is not compiled for this yet")
         compiled = kernel[grid](*arguments, **facts, **options)
         # The interpreter compiles nothing.

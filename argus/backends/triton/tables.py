@@ -124,19 +124,18 @@ def parts_of(payload: Payload) -> Payload:
     return {name.removeprefix(COEFFICIENTS): tensor for name, tensor in payload.items()}
 
 
-def addresses(segments: Sequence[Segment], facts: int) -> Tensor:
-    """``[pages, FIELDS]`` int64: where each page's tensors begin, 0 where it has none, and `facts`."""
-    blocks = []
-    for segment in segments:
-        kept = [payload.get(name) for payload in (parts_of(segment.keys), parts_of(segment.values)) for name in NAMES]
-        tensors = [*kept, segment.exact, segment.keys.get("mean"), segment.values.get("mean")]
-        starts = [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), facts]
-        steps = [*(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors), 0]
-        number = torch.arange(len(segment.positions)).unsqueeze(-1)
-        blocks.append(torch.tensor(starts) + torch.tensor(steps) * number)
-    return torch.cat(blocks)
+def addresses(segment: Segment) -> Tensor:
+    """``[pages, FIELDS]`` int64 of a segment: where each page's tensors begin, 0 where it has none, and its facts."""
+    kept = [payload.get(name) for payload in (parts_of(segment.keys), parts_of(segment.values)) for name in NAMES]
+    tensors = [*kept, segment.exact, segment.keys.get("mean"), segment.values.get("mean")]
+    facts = facts_of(*forms_of(segment), segment.page_size)
+    starts = [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), facts]
+    steps = [*(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors), 0]
+    return torch.tensor(starts) + torch.tensor(steps) * torch.arange(len(segment.positions)).unsqueeze(-1)
 
 
+Find = Callable[[Segment], Tensor]
+"""Tells the addresses of a segment's pages."""
 Lay = Callable[[Any, bool, Segment], Tensor]
 """Lays what all pages of a form share for lanes, of keys (back to tokens, where they are projected) or of values (forth)."""
 
@@ -223,11 +222,11 @@ def make_run(segments: Sequence[Segment], table: Tensor, positions: Tensor, alig
     )
 
 
-def make_runs(groups: Sequence[Sequence[Segment]], laid: Lay) -> list[Run]:
+def make_runs(groups: Sequence[Sequence[Segment]], laid: Lay, find: Find) -> list[Run]:
     """The runs of several stages, whose tables go to the device in one copy."""
     if not groups:
         return []
-    tables = [addresses(group, facts_of(*forms_of(group[0]), group[0].page_size)) for group in groups]
+    tables = [torch.cat([find(segment) for segment in group]) for group in groups]
     counts = [len(table) for table in tables]
     held = torch.cat(tables).to(groups[0][0].positions.device).split(counts)
     places = torch.cat([segment.positions for group in groups for segment in group]).to(torch.int64).split(counts)
@@ -253,7 +252,7 @@ class Pages:
     where: tuple[tuple[Run, int] | None, ...]
 
 
-def sort(segments: Sequence[Segment], laid: Lay = lay) -> Pages:
+def sort(segments: Sequence[Segment], laid: Lay = lay, find: Find = addresses) -> Pages:
     """Gather the segments of each stage; segments that no kernel reads are told by their place."""
     groups: list[list[int]] = []
     others = []
@@ -264,7 +263,7 @@ def sort(segments: Sequence[Segment], laid: Lay = lay) -> Pages:
             groups.append([place])
         else:
             others.append(place)
-    runs = make_runs([[segments[place] for place in group] for group in groups], laid)
+    runs = make_runs([[segments[place] for place in group] for group in groups], laid, find)
     where: list[tuple[Run, int] | None] = [None] * len(segments)
     for group, run in zip(groups, runs, strict=True):
         done = 0
@@ -280,6 +279,7 @@ class Tables:
     def __init__(self) -> None:
         self._held: dict[int, tuple[tuple[weakref.ref[Segment], ...], Pages]] = {}
         self._laid: dict[tuple[object, bool, int, torch.device], Tensor] = {}
+        self._found: weakref.WeakKeyDictionary[Segment, Tensor] = weakref.WeakKeyDictionary()
 
     def of(self, segments: Sequence[Segment]) -> Pages:
         """The tables of `segments`, made anew only when they are not those of the last time."""
@@ -291,10 +291,15 @@ class Tables:
             refs, pages = kept
             if all(ref() is segment for ref, segment in zip(refs, segments, strict=True)):
                 return pages
-        pages = sort(segments, self._lay)
+        pages = sort(segments, self._lay, self._find)
         forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
         self._held[key] = ((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
         return pages
+
+    def _find(self, segment: Segment) -> Tensor:
+        if segment not in self._found:
+            self._found[segment] = addresses(segment)
+        return self._found[segment]
 
     def _lay(self, form: Projected | Loaded, back: bool, like: Segment) -> Tensor:
         key = (form, back, like.page_size, like.positions.device)
@@ -306,4 +311,4 @@ class Tables:
         """Every tensor held."""
         runs = [run for _, pages in self._held.values() for joint in pages.runs for run in (joint, *joint.members)]
         held = [tensor for run in runs for tensor in (run.table, run.positions)]
-        return [*held, *self._laid.values()]
+        return [*held, *self._laid.values(), *self._found.values()]
