@@ -87,6 +87,34 @@ def test_log_sizes_grow_geometrically():
     assert [held.count(stage) for stage in range(5)] == [1, 2, 4, 8, 25]
 
 
+@pytest.mark.parametrize(
+    ("first", "ratio", "wanted"),
+    [
+        (1.0, 1e12, [1] * 9 + [0]),
+        (1.0, 1e300, [1] * 9 + [0]),
+        (1e300, 2.0, [0] * 10),
+        (1e-300, 1e200, [2] * 8 + [1, 0]),
+    ],
+)
+def test_log_sizes_may_be_larger_than_memory(first, ratio, wanted):
+    stages = [StageFacts(f"s{i}", None) for i in range(5)]
+    ageing = policy("argus_aging", "log", first=first, ratio=ratio)
+    assert ageing.targets([PageFacts(9 - i, None) for i in range(10)], stages) == wanted
+
+
+@pytest.mark.parametrize("option", ["first", "ratio"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 0.0])
+def test_log_sizes_are_finite(option, number):
+    with pytest.raises(ConfigError, match=option):
+        policy("argus_aging", "log", **{option: number})
+
+
+def test_a_capacity_may_be_larger_than_memory():
+    stages = [StageFacts("a", 1), StageFacts("b", 10**14), StageFacts("c", None)]
+    held = policy("argus_aging", "fifo").targets([PageFacts(4 - i, None) for i in range(5)], stages)
+    assert held == [1, 1, 1, 1, 0]
+
+
 def test_a_stage_without_capacity_keeps_all():
     held = policy("argus_aging", "fifo").targets(
         [PageFacts(9 - i, None) for i in range(10)], [StageFacts("a", 2), StageFacts("b", None), StageFacts("c", 1)]

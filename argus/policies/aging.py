@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from math import floor
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, FiniteFloat
 
 from argus.hookspecs import hookimpl
 from argus.policies.base import Aging, PageFacts, PolicyConfig, StageFacts
@@ -15,15 +17,8 @@ from argus.policies.base import Aging, PageFacts, PolicyConfig, StageFacts
 
 def fill(pages: Sequence[PageFacts], capacities: Sequence[int | None]) -> list[int]:
     """Fill stages with pages from the newest on, each to its capacity; what is over goes to the last stage."""
-    stage_of_age: list[int] = []
-    for stage, capacity in enumerate(capacities[:-1]):
-        stage_of_age += [stage] * (len(pages) if capacity is None else capacity)
-    last = len(capacities) - 1
-    targets = []
-    for page in pages:
-        target = stage_of_age[page.age] if page.age < len(stage_of_age) else last
-        targets.append(target if page.stage is None else max(target, page.stage))
-    return targets
+    ends = list(accumulate(len(pages) if capacity is None else capacity for capacity in capacities[:-1]))
+    return [max(bisect_right(ends, page.age), page.stage or 0) for page in pages]
 
 
 class Fifo(Aging):
@@ -51,8 +46,8 @@ class Salience(Aging):
 class LogConfig(PolicyConfig):
     """Options of log: pages in the first stage (rounded, at least one), and how many times more each next stage holds."""
 
-    first: PositiveFloat = 1.0
-    ratio: PositiveFloat = 2.0
+    first: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    ratio: Annotated[FiniteFloat, Field(gt=0)] = 2.0
 
 
 class Log(Aging):
@@ -61,7 +56,11 @@ class Log(Aging):
     Config = LogConfig
 
     def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
-        sizes: list[int | None] = [max(1, round(self.config.first * self.config.ratio**i)) for i in range(len(stages))]
+        sizes: list[int | None] = []
+        size = self.config.first
+        for _ in stages:
+            sizes.append(max(1, round(min(size, len(pages)))))
+            size *= self.config.ratio
         return fill(pages, sizes)
 
     def scaled(self, stages: Sequence[StageFacts], factor: float) -> tuple[Aging, list[StageFacts]]:
