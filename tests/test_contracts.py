@@ -20,6 +20,7 @@ from argus.policies.outliers import Sigma
 from argus.testing import ContractError, check_aging, check_anchors, check_backend, check_outliers, check_tier
 from argus.testing.base import normal
 from argus.testing.tiers import maker
+from argus.tiers.base import Tier, gate
 from argus.tiers.fp8 import Fp8
 from argus.tiers.int4 import Int4
 from argus.tiers.int8 import Int8
@@ -251,6 +252,31 @@ def test_a_tier_that_describes_its_codes_wrongly_is_caught():
 
     with pytest.raises(ContractError, match="read as Affine"):
         check_tier(Described, page_size=16, head_dim=16)
+
+
+class Nothing(Tier):
+    """Keeps no bit: every number reads as zero."""
+
+    error = 1.0
+
+    def encode(self, x, role):
+        return {"none": gate(x).unsqueeze(-1)[..., :0]}
+
+    def decode(self, payload, role):
+        return payload["none"].sum(-1)
+
+    def bits(self, role, page_size, head_dim):
+        return 0.0
+
+
+def test_a_tier_may_keep_nothing():
+    check_tier(Nothing, page_size=16, head_dim=8)
+
+
+@pytest.mark.parametrize("size", ["page_size", "head_dim"])
+def test_a_size_of_zero_is_refused(size):
+    with pytest.raises(ConfigError, match=f"{size} 0 is no size; allowed: 1 or more"):
+        check_tier(Int4, **{size: 0})
 
 
 def test_a_refused_shape_is_named():

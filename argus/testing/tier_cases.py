@@ -79,7 +79,7 @@ def check_bits(it: Subject) -> None:
         values = counts[0] * counts[1] * counts[2] * it.page * it.dim
         declared = it.tier.bits(it.role, it.page, it.dim)
         found = f"keeps {kept / values:g} bits a value, declares {declared:g}"
-        words.require(abs(kept / values - declared) < 1e-9 * declared, found)
+        words.require(abs(kept / values - declared) <= 1e-9 * declared, found)
 
 
 def relative(found: Tensor, x: Tensor) -> tuple[float, float]:

@@ -51,8 +51,11 @@ def check_tier(
     ContractError
         If the contract is broken.
     ConfigError
-        If `config` is not what the tier's ``Config`` allows.
+        If `config` is not what the tier's ``Config`` allows, or a size is less than one.
     """
+    for name, size in (("page_size", page_size), ("head_dim", head_dim)):
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} {size} is no size; allowed: 1 or more")
     config = config or {}
     contract = Contract(f"tier {title(kind, config)}")
     known = plugins.kinds(plugins.load(), "argus_tiers") if known is None else known
