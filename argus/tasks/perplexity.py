@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from argus.hookspecs import hookimpl
@@ -16,10 +16,11 @@ from argus.tasks.steps import Change, Clock, Scores, feed, ids_of, memory, passa
 
 
 class PerplexityConfig(TaskConfig):
-    """Options of perplexity: tokens of context, tokens scored at once, windows of text, and tokens then decoded one by one."""
+    """Options of perplexity: tokens of context, tokens read at once, all but the first of them scored, windows of text, and
+    tokens then decoded one by one."""
 
     context: PositiveInt = 2048
-    scored: PositiveInt = 256
+    scored: Annotated[int, Field(ge=2)] = 256
     windows: PositiveInt = 2
     decoded: PositiveInt = 32
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveInt
 
 from argus.hookspecs import hookimpl
 from argus.tasks.base import CacheKind, Row, Run, Task, TaskConfig
@@ -34,7 +34,7 @@ class RepetitionConfig(TaskConfig):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = PROMPTS
     tokens: PositiveInt = 512
-    temperature: NonNegativeFloat = 0
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 0
     orders: tuple[PositiveInt, ...] = (1, 2, 3)
     loop: PositiveInt = 32
 
