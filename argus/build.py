@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -44,7 +45,8 @@ def build(
     Raises
     ------
     ConfigError
-        If a name is not known, an option is not allowed, a group does not divide, or the ladder grows.
+        If a name is not known, an option is not allowed, a group does not divide, the ladder grows, or the backend needs a
+        device that is not here.
     """
     manager = plugins.load(extra)
     backend = choose_backend(config.backend, torch.device(device), plugins.kinds(manager, "argus_backends"))
@@ -90,7 +92,11 @@ def choose_backend(name: str, device: torch.device, known: Mapping[str, type]) -
     """The backend asked for, or for ``auto`` the one called like the device's usual kernels, else ``cpu``."""
     if name == "auto":
         name = "triton" if device.type == "cuda" and "triton" in known else "cpu"
-    backend: Backend = plugins.pick("backend", name, known)()
+    kind = plugins.pick("backend", name, known)
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        others = ", ".join(sorted({"auto", *known} - {name}))
+        raise ConfigError(f"backend 'triton' needs a CUDA device, and none is here; allowed: {others}")
+    backend: Backend = kind()
     return backend
 
 

@@ -39,6 +39,7 @@ def load(config: ModelConfig) -> Loaded:
         If it is not there, or its device is not.
     """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -48,7 +49,7 @@ def load(config: ModelConfig) -> Loaded:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise missing(source, error) from error
     return Loaded(model.to(device).eval(), tokenizer, device)
 
@@ -86,8 +87,12 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"model.device '{name}' is no device; allowed: auto, cpu, cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"model.device '{name}' is no device for a cache; allowed: auto, cpu, cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"model.device '{name}' is not here; allowed: auto, cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelError(f"model.device '{name}' is not here; allowed: auto, cpu, cuda:0 to cuda:{count - 1}")
     return device
 
 
