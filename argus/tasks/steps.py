@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class Clock:
     @property
     def median(self) -> float:
         """The median piece, in seconds; 0 without any."""
-        ordered = sorted(self.seconds)
-        return ordered[len(ordered) // 2] if ordered else 0.0
+        return median(self.seconds) if self.seconds else 0.0
 
 
 def ids_of(run: Run, *rows: Sequence[int]) -> Tensor:

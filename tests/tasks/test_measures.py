@@ -62,6 +62,27 @@ def test_one_run_has_both_protocols(run):
     assert second["kl"] != second["decoded_kl"]
 
 
+def test_the_first_pass_of_a_process_is_not_timed(run, monkeypatch):
+    """A pass of the reference comes before every piece that is timed."""
+    seen = []
+    monkeypatch.setattr(perplexity, "feed", lambda *args, **options: seen.append("fed") or feed(*args, **options))
+
+    class Spy(Clock):
+        def timed(self):
+            seen.append("timed")
+            return super().timed()
+
+    monkeypatch.setattr(perplexity, "Clock", Spy)
+    list(Perplexity(PerplexityConfig(context=100, scored=9, windows=1, decoded=1)).run(run))
+    assert seen[:3] == ["fed", "timed", "fed"]
+
+
+def test_the_median_of_two_lies_between_them():
+    assert Clock(torch.device("cpu"), [1.0, 9.0]).median == 5.0
+    assert Clock(torch.device("cpu"), [2.0, 9.0, 1.0]).median == 2.0
+    assert Clock(torch.device("cpu")).median == 0.0
+
+
 def test_tokens_decoded_do_not_change_what_is_scored_before(run):
     """The window of text, and so the first protocol, depends on context and scored tokens alone."""
     few, many = (list(Perplexity(PerplexityConfig(context=64, scored=9, windows=1, decoded=n)).run(run))[1] for n in (1, 30))
