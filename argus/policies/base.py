@@ -152,12 +152,19 @@ class Outliers(ABC):
         """Numbers of pages ``[n, B, H, P, D]`` to keep exact, bool of that shape; None: none, ever."""
 
 
-def check_targets(stages: Sequence[int | None], targets: Sequence[int], count: int, first: int = 0) -> None:
-    """Raise :class:`ArgusError` if an aging policy's answer for pages `first` on is no stage or would move a page back."""
+def check_targets(stages: Sequence[int | None], targets: Any, count: int, first: int = 0) -> None:
+    """Raise :class:`ArgusError` unless an aging policy's answer for pages `first` on has a stage for each, none further back.
+
+    A stage is an ``int``, and the answer a list or tuple of them.
+    """
+    if not isinstance(targets, list | tuple):
+        raise ArgusError(f"the aging policy answers with a {type(targets).__name__}; allowed: a list of one stage a page")
+    if len(targets) != len(stages):
+        raise ArgusError(f"the aging policy gives {len(targets)} stages for {len(stages)} pages; allowed: one a page")
     for page, (stage, target) in enumerate(zip(stages, targets, strict=True), first):
-        if not (stage or 0) <= target < count:
+        if type(target) is not int or not (stage or 0) <= target < count:
             allowed = f"{stage or 0} to {count - 1}"
-            raise ArgusError(f"the aging policy sends page {page} to stage {target}; allowed are stages {allowed}")
+            raise ArgusError(f"the aging policy sends page {page} to stage {target!r}; allowed are stages {allowed}")
 
 
 def salience(keys: Tensor, queries: Tensor) -> list[float]:
