@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torch import Tensor
 from argus.engine import LayerCache
 from argus.errors import ArgusError
 from argus.hookspecs import hookimpl
-from argus.policies.base import Aging, PageFacts, StageFacts, check_targets
+from argus.policies.base import Aging, Outliers, PageFacts, StageFacts, check_targets
+from argus.testing import check_outliers
 from argus.tiers.fp16 import Fp16
 from tests.conftest import ask, config, contents, grow, make_layer, make_plan, queries, tokens
 
@@ -151,6 +154,80 @@ def test_a_policy_that_moves_pages_back_is_refused():
 def test_targets_are_stages(targets):
     with pytest.raises(ArgusError, match=r"page 1 to stage .*; allowed are stages 0 to 1"):
         check_targets([None, None], targets, 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([0], r"gives 1 stages for 2 pages; allowed: one a page"),
+        ([0, 0, 0], r"gives 3 stages for 2 pages; allowed: one a page"),
+        ([0, 0.0], r"sends page 1 to stage 0\.0; allowed are stages 0 to 1"),
+        ([0, None], r"sends page 1 to stage None; allowed are stages 0 to 1"),
+        (None, r"answers with a NoneType; allowed: a list of one stage a page"),
+        (torch.zeros(2, dtype=torch.long), r"answers with a Tensor; allowed: a list of one stage a page"),
+    ],
+)
+def test_a_policy_that_answers_otherwise_is_refused(answer, message):
+    class Answers(Aging):
+        def targets(self, pages, stages):
+            return answer
+
+    chosen = config(("int4", "int2"), {"int4": 8}, aging="mine")
+    layer = LayerCache(make_plan(chosen, [Ageing(Answers)]))
+    layer.write(*tokens(1, 24))
+    with pytest.raises(ArgusError, match=f"the aging policy {message}$"):
+        layer.age()
+    assert layer.where == []
+
+
+class Expanded(Outliers):
+    """Whole pages that hold a number beyond 3, as a view of one answer a page."""
+
+    masks: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def choose(self, x, role):
+        wide = (x.abs().amax((-1, -2), keepdim=True) > 3).expand_as(x)
+        self.masks.append((wide, wide.clone()))
+        return wide
+
+
+class Kept(Outliers):
+    """The first number of every token, by a mask that it makes once for each shape."""
+
+    masks: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def choose(self, x, role):
+        for mask, _ in self.masks:
+            if mask.shape == x.shape:
+                return mask
+        mask = torch.zeros(x.shape, dtype=torch.bool)
+        mask[..., 0] = True
+        self.masks.append((mask, mask.clone()))
+        return mask
+
+
+@pytest.mark.parametrize("kind", [Expanded, Kept])
+def test_the_masks_of_outlier_policies_are_not_written_to(kind):
+    """Beside anchors, whose numbers are no outliers as well."""
+    kind.masks.clear()
+    check_outliers(kind)
+    kind.masks.clear()
+
+    class Plugin:
+        @hookimpl
+        def argus_outliers(self):
+            return {"mine": kind}
+
+    layer = make_layer(("int4",), anchors={"sinks": {"tokens": 3}}, outliers="mine", extra=[Plugin()])
+    keys, values = tokens(1, 60)
+    grow(layer, keys, values, chunk=20)
+    assert layer.exact.positions.shape[-1] == 3
+    assert kind.masks
+    assert all(torch.equal(mask, before) for mask, before in kind.masks)
+    read = contents(layer)[0]
+    assert torch.equal(read[:, :, :3], keys[:, :, :3])
+    if kind is Kept:
+        assert torch.equal(read[..., 0], keys[..., 0])
 
 
 def test_a_policy_is_asked_of_every_page():
