@@ -302,7 +302,31 @@ class Wavers(Fifo):
         return [len(stages) - 1 if last else page.stage or 0 for page in pages]
 
 
-@pytest.mark.parametrize("kind", [Beyond, Short, Wavers])
+class Asleep(Fifo):
+    def targets(self, pages, stages):
+        return None
+
+
+class AnswersNumbers(Fifo):
+    def targets(self, pages, stages):
+        return torch.zeros(len(pages), dtype=torch.long)
+
+
+class AskedBack(Fifo):
+    """Wrong only where queries ask for a page."""
+
+    needs_queries = True
+
+    def targets(self, pages, stages):
+        return [0 if page.salience > 0 and len(pages) > 10 else len(stages) - 1 for page in pages]
+
+
+class Unscaled(Fifo):
+    def scaled(self, stages, factor):
+        return None
+
+
+@pytest.mark.parametrize("kind", [Beyond, Short, Wavers, Asleep, AnswersNumbers, AskedBack, Unscaled])
 def test_broken_aging_is_caught(kind):
     with pytest.raises(ContractError, match=kind.__name__):
         check_aging(kind)
@@ -334,7 +358,28 @@ class NeedsIds(Sinks):
         return pages.taken & (pages.tokens is not None) & torch.rand(()).bool()
 
 
-@pytest.mark.parametrize("kind", [Marks, Scores, NeedsIds])
+class Mute(Sinks):
+    def choose(self, pages):
+        return None
+
+
+class MarksQueries(Sinks):
+    needs_queries = True
+
+    def choose(self, pages):
+        if pages.queries is not None:
+            pages.queries.zero_()
+        return super().choose(pages)
+
+
+class ScoresQueries(Sinks):
+    needs_queries = True
+
+    def choose(self, pages):
+        return super().choose(pages) if pages.queries is None else pages.queries.mean(2)
+
+
+@pytest.mark.parametrize("kind", [Marks, Scores, NeedsIds, Mute, MarksQueries, ScoresQueries])
 def test_broken_anchors_are_caught(kind):
     with pytest.raises(ContractError, match=kind.__name__):
         check_anchors(kind)
@@ -351,7 +396,12 @@ class Sometimes(Sigma):
         return chosen if chosen.any() else None
 
 
-@pytest.mark.parametrize("kind", [AllPages, Sometimes])
+class Numbers(Sigma):
+    def choose(self, x, role):
+        return 3
+
+
+@pytest.mark.parametrize("kind", [AllPages, Sometimes, Numbers])
 def test_broken_outliers_are_caught(kind):
     with pytest.raises(ContractError, match=kind.__name__):
         check_outliers(kind)
