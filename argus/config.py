@@ -160,7 +160,13 @@ def validate(kind: type[Model], data: Mapping[str, Any], where: str = "") -> Mod
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(kind, fault, where) for fault in error.errors())) from error
+        raise ConfigError("; ".join(_line(kind, fault, where) for fault in _first(error.errors()))) from error
+
+
+def _first(faults: Sequence[Any]) -> list[Any]:
+    """Faults without those of a group whose parts have some: a tuple is told to be too short for its wrong parts' sake."""
+    places = [fault["loc"] for fault in faults]
+    return [f for f in faults if not any(len(p) > len(f["loc"]) and p[: len(f["loc"])] == f["loc"] for p in places)]
 
 
 def _line(kind: type[BaseModel], fault: Mapping[str, Any], where: str) -> str:
@@ -214,9 +220,40 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_cache_config(choice: str | CacheConfig | Sequence[str] | None = None) -> CacheConfig:
-    """A cache's config from a ladder's name, from Hydra overrides, or as it is."""
+    """A cache's config from a ladder's name, from Hydra overrides, or as it is.
+
+    Raises
+    ------
+    ConfigError
+        Also if `choice` is none of these, or an override is of something else than a cache.
+    """
     if isinstance(choice, CacheConfig):
         return choice
-    overrides = [f"tiers={choice}"] if isinstance(choice, str) else list(choice or ())
+    overrides = _cache_overrides(choice)
     data = compose(overrides)
+    _of_a_cache(overrides)
     return validate(CacheConfig, {name: data[name] for name in CacheConfig.model_fields if name in data})
+
+
+def _cache_overrides(choice: Any) -> list[str]:
+    """The overrides that `choice` stands for."""
+    if choice is None:
+        return []
+    if isinstance(choice, str) and "=" not in choice:
+        return [f"tiers={choice}"]
+    if isinstance(choice, Sequence) and not isinstance(choice, str) and all(isinstance(word, str) for word in choice):
+        return list(choice)
+    raise ConfigError(
+        f"{choice!r} is no cache; allowed: a ladder's name such as 'int4', a list of overrides such as ['tiers=int4'], "
+        "or a CacheConfig"
+    )
+
+
+def _of_a_cache(overrides: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if one of `overrides`, which Hydra has read, is of another part of a run."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for word, override in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+        part = str(override.package or override.key_or_group).partition(".")[0]
+        if part not in (*CacheConfig.model_fields, "hydra"):
+            raise ConfigError(f"'{word}' is of no part of a cache; allowed: {', '.join(CacheConfig.model_fields)}")

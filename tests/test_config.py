@@ -84,6 +84,8 @@ def test_one_clear_line(word, tmp_path, monkeypatch):
         (["task=perplexity", "task.scored=1"], r"task.scored: .*greater than or equal to 2"),
         (["task=repetition", "task.temperature=inf"], r"task.temperature: .*finite"),
         (["task=repetition", "task.temperature=nan"], r"task.temperature: .*finite"),
+        (["task=passkey", "task.lengths=[10]"], r"^task\.lengths\.0: [^;]*$"),
+        (["task=passkey", "+cache.x={kind: argus, overrides: ['seed=3']}"], r"'seed=3' is of no part of a cache"),
         (["-m", "tiers=int4,int5"], r"'tiers/int5' is no config"),
         (["-m", "tiers=int4,int8", "task=passkey,nothing"], r"'task/nothing' is no config"),
         (["-m", "tiers.stages.int4.capacity=64,1"], r"capacity 1 is below a page"),
@@ -143,6 +145,31 @@ def test_groups_divide(options, head_dim, message):
 def test_archives_are_of_pages_whose_size_is_a_power_of_two():
     with pytest.raises(ConfigError, match=r"jl: page_size 12 is no power of two; allowed nearby: \[8, 16\]"):
         make_plan(config(("jl",), page_size=12))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["tiers=int4", "seed=3"], r"'seed=3' is of no part of a cache; allowed: tiers, aging, .*budget, graphs$"),
+        (["task=generate"], r"'task=generate' is of no part of a cache; allowed: tiers"),
+        (["+cache@model=dynamic"], r"'\+cache@model=dynamic' is of no part of a cache; allowed: tiers"),
+        ("tiers=int4", r"'tiers=int4' is no cache; allowed: a ladder's name such as 'int4', a list of overrides such as "),
+        ({"tiers": "int4"}, r"\{'tiers': 'int4'\} is no cache; allowed: a ladder's name"),
+        (["tiers=int4", 3], r"is no cache; allowed: a ladder's name"),
+        (4, r"4 is no cache; allowed: a ladder's name"),
+    ],
+)
+def test_what_makes_no_cache_is_refused(choice, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_cache_config(choice)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_makes_a_cache_is_taken():
+    words = ["+tier@tiers.stages.cold=int4", "tiers.order=[cold]", "~anchors.sinks", "++budget.context=512", "graphs=false"]
+    found = load_cache_config(tuple(words))
+    assert (found.tiers.order, found.budget.context, found.graphs) == (("cold",), 512, False)
+    assert load_cache_config(None) == load_cache_config([]) == load_cache_config("default")
 
 
 def test_configs_do_not_change():
