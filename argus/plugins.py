@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -62,16 +63,35 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        hooks = sorted(name for name in vars(manager.hook) if name.startswith("argus_"))
+        hooks = sorted(name for name in vars(hookspecs) if name.startswith("argus_"))
         raise PluginError(f"{error}; hooks are {', '.join(hooks)}") from error
     return manager
 
 
 def _load_entry_points(manager: pluggy.PluginManager) -> None:
-    try:
-        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
-    except Exception as error:
-        raise PluginError(f"a plugin of entry-point group '{hookspecs.PROJECT}' does not load: {error}") from error
+    for entry in entry_points(group=hookspecs.PROJECT):
+        if manager.has_plugin(entry.name):
+            continue
+        try:
+            manager.register(entry.load(), entry.name)
+        except Exception as error:
+            where = f"plugin '{entry.name}' ({entry.value}) of package '{entry.dist.name if entry.dist else 'unknown'}'"
+            raise PluginError(f"{where} does not load: {' '.join(str(error).split())}") from error
+
+
+def answers(manager: pluggy.PluginManager, hook: str, kind: type, allowed: str) -> Iterator[tuple[str, Any]]:
+    """Each plugin's name and its answer to a hook, the plugin loaded first at the beginning.
+
+    Raises
+    ------
+    PluginError
+        If an answer is not of `kind`, which `allowed` describes.
+    """
+    for implementation in reversed(getattr(manager.hook, hook).get_hookimpls()):
+        name, answer = implementation.plugin_name, implementation.function()
+        if not isinstance(answer, kind):
+            raise PluginError(f"{hook} of plugin '{name}' answers {answer!r}; allowed: {allowed}")
+        yield name, answer
 
 
 def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
@@ -80,16 +100,17 @@ def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
     Raises
     ------
     PluginError
-        If two plugins claim one name; the message names both.
+        If two plugins claim one name; the message names both. If a plugin answers with something else.
     """
     found: dict[str, type] = {}
     owner: dict[str, str] = {}
-    caller = getattr(manager.hook, hook)
-    for implementation in reversed(caller.get_hookimpls()):
-        for name, kind in implementation.function().items():
+    for plugin, named in answers(manager, hook, Mapping, "a dict of classes by name"):
+        for name, kind in named.items():
+            if not isinstance(name, str) or not isinstance(kind, type):
+                raise PluginError(f"{hook} of plugin '{plugin}' has {name!r}: {kind!r}; allowed: classes by name")
             if name in found:
-                raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {implementation.plugin_name}")
-            found[name], owner[name] = kind, implementation.plugin_name
+                raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {plugin}")
+            found[name], owner[name] = kind, plugin
     return MappingProxyType(found)
 
 
@@ -105,4 +126,4 @@ def config_paths() -> list[str]:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     _load_entry_points(manager)
-    return list(manager.hook.argus_config_paths())
+    return [path for _, path in answers(manager, "argus_config_paths", str, "a package, as 'pkg://its_package.conf'")]

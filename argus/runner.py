@@ -63,7 +63,7 @@ def choose(config: RunConfig) -> Parts:
         task=kind(validate(kind.Config, config.task.options, "task")),
         caches={name: cache for name, cache in caches.items() if name not in skipped},
         skipped=skipped,
-        listeners=[listener() for listener in manager.hook.argus_run_events()],
+        listeners=[listener() for _, listener in plugins.answers(manager, "argus_run_events", type, "a class")],
     )
 
 

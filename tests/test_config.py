@@ -12,6 +12,7 @@ from argus.commandline import Command, check, combinations, sweep_folder
 from argus.config import CacheConfig, RunConfig, compose, load_cache_config, validate
 from argus.errors import ConfigError, PluginError
 from argus.hookspecs import hookimpl
+from argus.runner import choose
 from argus.tiers.fp16 import Fp16
 from tests.conftest import config, make_plan
 
@@ -236,15 +237,45 @@ def test_a_misspelt_hook():
     with pytest.raises(PluginError, match=r"argus_teirs.*hooks are .*argus_tiers") as caught:
         plugins.load([claim("argus_teirs", "mine")])
     assert "\n" not in " ".join(str(caught.value).split())
+    assert "argus_teirs" not in str(caught.value).partition("hooks are")[2]
 
 
-def test_a_plugin_that_does_not_import(monkeypatch):
-    def broken(self, group, name=None):
-        raise ModuleNotFoundError("No module named 'nowhere'")
+def test_a_plugin_that_does_not_import(tmp_path, monkeypatch):
+    """The error names the plugin, its module and its package."""
+    folder = tmp_path / "my_package-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[argus]\nmine = nowhere.at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wanted = r"plugin 'mine' \(nowhere.at_all\) of package 'my-package' does not load: No module named 'nowhere'$"
+    for loads in (plugins.load, plugins.config_paths):
+        with pytest.raises(PluginError, match=wanted):
+            loads()
 
-    monkeypatch.setattr("pluggy.PluginManager.load_setuptools_entrypoints", broken)
-    with pytest.raises(PluginError, match=r"entry-point group 'argus' does not load: No module named 'nowhere'"):
-        plugins.load()
+
+@pytest.mark.parametrize("hook", [*HOOKS, "argus_caches"])
+@pytest.mark.parametrize("answer", [None, Fp16, [Fp16], {"mine": 3}, {"mine": None}, {3: Fp16}], ids=str)
+def test_a_hook_that_answers_otherwise_is_named(hook, answer):
+    manager = plugins.load()
+    manager.register(SimpleNamespace(**{hook: hookimpl(lambda: answer)}), "my_package")
+    with pytest.raises(PluginError, match=rf"^{hook} of plugin 'my_package' .*; allowed: .*classes by name$"):
+        plugins.kinds(manager, hook)
+
+
+@pytest.mark.parametrize("answer", [None, 3, Fp16], ids=str)
+def test_a_path_of_configs_is_text(answer, monkeypatch):
+    plugin = SimpleNamespace(argus_config_paths=hookimpl(lambda: answer))
+    monkeypatch.setattr(plugins, "_load_entry_points", lambda manager: manager.register(plugin, "my_package"))
+    with pytest.raises(PluginError, match=r"^argus_config_paths of plugin 'my_package' answers .*; allowed: a package, as"):
+        plugins.config_paths()
+
+
+@pytest.mark.parametrize("answer", [None, 3], ids=str)
+def test_a_listener_is_a_class(answer, monkeypatch):
+    plugin = SimpleNamespace(argus_run_events=hookimpl(lambda: answer))
+    monkeypatch.setattr(plugins, "_load_entry_points", lambda manager: manager.register(plugin, "my_package"))
+    with pytest.raises(PluginError, match=r"^argus_run_events of plugin 'my_package' answers .*; allowed: a class$"):
+        choose(validate(RunConfig, compose(["tiers=int4"])))
 
 
 def test_known_names_are_read_only():
