@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, floor, sqrt
+from math import ceil, floor, log, sqrt
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Trial:
 
 
 def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
-    """The plan with the largest stages whose measured bits a value at the budget's context do not exceed it.
+    """The plan whose stages are scaled until its measured bits a value at the budget's context are just within it.
 
     The cache is filled with random numbers and measured, all bytes counted, and the factor by which the aging policy scales
     its stages is bisected until one page more would exceed the budget. What depends on the text (line ends, outliers beyond
@@ -72,11 +72,13 @@ def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
             f"budget.bits={asked:g}: this ladder takes {under.bits:.2f} bits whatever its stages hold; allowed: several "
             "stages, all but the last with a capacity, and a context longer than the window and a page"
         )
+    if under.bits > over.bits:  # A ladder that grows takes least where all is in its first stage.
+        low, high, under, over = high, low, over, under
     if not under.bits <= asked <= over.bits:
         allowed = f"{ceil(under.bits * 100) / 100:g} to {floor(over.bits * 100) / 100:g}"
         raise ConfigError(f"budget.bits={asked:g} is out of this ladder's reach at {budget.context} tokens; allowed: {allowed}")
     # Moving one page to another stage changes two counts by one each.
-    while high / low > 1 + 1e-6 and sum(abs(a - b) for a, b in zip(under.pages, over.pages, strict=True)) > 2:
+    while abs(log(high / low)) > 1e-6 and sum(abs(a - b) for a, b in zip(under.pages, over.pages, strict=True)) > 2:
         middle = sqrt(low * high)
         found = attempt(plan, middle, keys, values, shape.layers)
         if found.bits <= asked:

@@ -107,6 +107,20 @@ def test_a_budget_that_is_out_of_reach_names_the_range():
             assert plan_of(f"budget.bits={allowed}").match.reached <= float(allowed)
 
 
+@pytest.mark.parametrize("policy", ["fifo", "log", "uniform"])
+def test_a_ladder_that_grows_meets_its_budget(policy):
+    """It takes most where all is in its last stage."""
+    grows = [f"aging={policy}", "tiers.order=[int2,int4]"]
+    for bits in (5.0, 6.0):
+        match = plan_of(*grows, f"budget.bits={bits}").match
+        assert match.reached <= bits < match.next
+        assert match.next - match.reached < 2 * (4.5 - 2.5 + 0.5) * 16 / CONTEXT
+    with pytest.raises(ConfigError, match=r"allowed: [\d.]+ to [\d.]+$") as error:
+        plan_of(*grows, "budget.bits=1")
+    low, high = (float(word) for word in str(error.value).rpartition("allowed: ")[2].split(" to "))
+    assert low < 5.0 < 6.0 < high
+
+
 @pytest.mark.parametrize("words", [["tiers.order=[int4]"], ["tiers.stages.int4.capacity=null"], ["budget.context=20"]])
 def test_a_ladder_with_nothing_to_scale_is_refused(words):
     with pytest.raises(ConfigError, match=r"whatever its stages hold; allowed: several stages"):
