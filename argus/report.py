@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -72,14 +71,14 @@ def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    scratch = path.with_name(f"{path.stem}-{uuid4().hex}.json")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with scratch.open("x", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
             file.write("\n")
-        Path(scratch).replace(path)
+        scratch.replace(path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 

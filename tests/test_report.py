@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,16 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
         report.write(path, {"rows": [object()]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"rows": []}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_report_may_be_read_as_the_umask_allows(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        report.write(tmp_path / "report.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "report.json").stat().st_mode) == mode
 
 
 def test_what_was_not_measured_is_blank():
