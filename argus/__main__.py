@@ -84,7 +84,7 @@ def main() -> None:
         job()
         return
     folder = sweep_folder(command, datetime.now())
-    sys.argv = [sys.argv[0], *command.arguments, f"hydra.sweep.dir={folder}"]
+    sys.argv = [sys.argv[0], *command.into(folder)]
     job()
     from argus.sweep import summarize
 

@@ -39,6 +39,11 @@ class Command:
         runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
         return cls(tuple(arguments), overrides, multirun and runs, runs)
 
+    def into(self, folder: str) -> list[str]:
+        """The arguments of a sweep into `folder`; Hydra takes overrides only if they stand together."""
+        place = self.arguments.index(self.overrides[-1]) + 1 if self.overrides else 0
+        return [*self.arguments[:place], f"hydra.sweep.dir={folder}", *self.arguments[place:]]
+
 
 def check(command: Command) -> None:
     """Compose, validate and choose every value that is asked for, all but what needs the model.

@@ -296,6 +296,23 @@ def test_sorting_of_arguments():
     assert not Command.of(["--help", "-m"]).multirun
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["-m"], ["hydra.sweep.dir=out", "-m"]),
+        (["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra.sweep.dir=out"]),
+        (["task=passkey", "seed=0,1", "-m"], ["task=passkey", "seed=0,1", "hydra.sweep.dir=out", "-m"]),
+        (["-cd", "mine", "seed=0,1", "-m"], ["-cd", "mine", "seed=0,1", "hydra.sweep.dir=out", "-m"]),
+    ],
+)
+def test_the_folder_of_a_sweep_stands_beside_the_overrides(words, wanted):
+    """Wherever the flag is."""
+    from hydra._internal.utils import get_args_parser
+
+    assert Command.of(words).into("out") == wanted
+    assert get_args_parser().parse_args(wanted).multirun
+
+
 def test_every_value_of_a_sweep_is_tried_once():
     runs = combinations(["tiers=int8,int4,int2", "seed=1,2", "task=passkey"])
     assert runs[0] == ["tiers=int8", "seed=1", "task=passkey"]
