@@ -86,6 +86,7 @@ def check_launcher(words: Sequence[str]) -> None:
 def combinations(words: Sequence[str]) -> list[list[str]]:
     """Overrides of single runs that together hold every value of every sweep once."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
 
     from argus.errors import ConfigError
@@ -97,9 +98,14 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
         except HydraException as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"'{word}' does not parse: {text}; allowed: name=value, +name=value, ~name") from error
-        if parsed.is_sweep_override() and not parsed.is_discrete_sweep():
+        if parsed.is_sweep_override() and (not parsed.is_discrete_sweep() or isinstance(parsed.value(), Glob)):
             raise ConfigError(f"'{word}': only lists of values can be swept here, as in tiers=int8,int4")
-        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        try:
+            values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        except ValueError as error:
+            raise ConfigError(f"'{word}': {error}; allowed: a list of values, as in tiers=int8,int4") from error
+        if not values:
+            raise ConfigError(f"'{word}' has no value; allowed: a list of values, as in tiers=int8,int4")
         prefix = word.split("=")[0]
         choices.append([word] if word.startswith("~") else [f"{prefix}={value}" for value in values])
     first = [values[0] for values in choices]

@@ -58,6 +58,9 @@ WRONG = {
     "model.dtype=int8": r"model.dtype: .*'float16', 'bfloat16' or 'float32'",
     "tiers.order=[": r"'tiers.order=\[' does not parse",
     "tiers.window=interval(1,4)": r"only lists of values can be swept",
+    "tiers=glob(int*)": r"'tiers=glob\(int\*\)': only lists of values can be swept here, as in tiers=int8,int4",
+    "seed=range(1,3,0)": r"'seed=range\(1,3,0\)': .*must not be zero; allowed: a list of values",
+    "seed=range(1,1)": r"'seed=range\(1,1\)' has no value; allowed: a list of values",
     "nonsense": r"'nonsense'.*name=value",
 }
 
