@@ -61,16 +61,24 @@ def is_done(folder: Path, config: RunConfig) -> bool:
     """Whether `folder` has the report of a run of just this config; a report of another one is removed.
 
     A report is written last, whole or not at all, and holds the whole config: a run that was cut off has none, and one of
-    other overrides, or of a file under conf/ that has changed since, has another config.
+    other overrides, or of a file under conf/ that has changed since, has another config. A damaged one is removed too.
     """
-    path = folder / NAME
-    if not path.exists():
-        return False
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json())):
+    report = report_of(folder)
+    if report is not None and (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json())):
         return True
-    path.unlink()
+    (folder / NAME).unlink(missing_ok=True)
     return False
+
+
+def report_of(run: Path) -> dict[str, Any] | None:
+    """A run's report; None where there is none, or a file that is damaged."""
+    if not (run / NAME).is_file():
+        return None
+    try:
+        report = json.loads((run / NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -87,11 +95,10 @@ def runs_of(folder: Path) -> list[Path]:
     return [run for run in runs if started[run] >= begun]
 
 
-def read(run: Path) -> tuple[str, Mapping[str, Any]]:
-    """A run's overrides and its report."""
+def overrides_of(run: Path) -> str:
+    """A run's overrides."""
     listed = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
-    words = [line[2:] for line in listed if line.startswith("- ")]
-    return " ".join(words), json.loads((run / NAME).read_text(encoding="utf-8"))
+    return " ".join(line[2:] for line in listed if line.startswith("- "))
 
 
 def distinguish(names: Sequence[str]) -> list[str]:
@@ -155,10 +162,10 @@ def summarize(folder: Path) -> None:
         If a run wrote no report, after the table of those that did.
     """
     runs = runs_of(folder)
-    done = [run for run in runs if (run / NAME).exists()]
+    done = {run: report for run in runs if (report := report_of(run)) is not None}
     if not done:
         raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
-    found = lines([read(run) for run in done])
+    found = lines([(overrides_of(run), report) for run, report in done.items()])
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best = [False] * len(found)
     if quality is not None:

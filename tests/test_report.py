@@ -214,7 +214,7 @@ def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
 
 def test_ten_runs_stay_in_order(tmp_path):
     sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(12)])
-    assert [sweep.read(run)[0] for run in sweep.runs_of(tmp_path)] == [f"seed={i}" for i in range(12)]
+    assert [sweep.overrides_of(run) for run in sweep.runs_of(tmp_path)] == [f"seed={i}" for i in range(12)]
 
 
 def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
@@ -223,6 +223,27 @@ def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
     with pytest.raises(ArgusError, match=r"report.json is missing of runs 1 in .*; the same command runs only these again"):
         summarize(tmp_path)
     assert "0.0456" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+DAMAGED = [b"", b"garbage", b'{"schema": 1, "conf', b"[]", b"null", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
+def test_a_damaged_report_counts_as_none(data, run):
+    (run.folder / "report.json").write_bytes(data)
+    assert not sweep.is_done(run.folder, run.config)
+    assert not (run.folder / "report.json").exists()
+    report.Reporter().end(run, ROWS)
+    assert sweep.is_done(run.folder, run.config)
+
+
+@pytest.mark.parametrize("data", DAMAGED)
+def test_a_run_whose_report_is_damaged_is_named_after_the_table(data, tmp_path):
+    sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(3)])
+    (tmp_path / "1" / "report.json").write_bytes(data)
+    with pytest.raises(ArgusError, match=r"report.json is missing of runs 1 in "):
+        summarize(tmp_path)
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
 
 
