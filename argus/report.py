@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -69,12 +70,21 @@ def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def plain(data: Any) -> Any:
+    """Data as JSON can hold it: null for NaN and infinity, lists for tuples."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: plain(value) for key, value in data.items()}
+    return [plain(value) for value in data] if isinstance(data, list | tuple) else data
+
+
 def write(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
     scratch = path.with_name(f"{path.stem}-{uuid4().hex}.json")
     try:
         with scratch.open("x", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+            json.dump(plain(data), file, indent=1, allow_nan=False)
             file.write("\n")
         scratch.replace(path)
     except BaseException:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite, isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -17,7 +18,7 @@ from rich.table import Table
 from argus.config import RunConfig
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, SCHEMA, number, terminal
+from argus.report import NAME, SCHEMA, number, plain, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
 COLUMNS = (
@@ -126,8 +127,15 @@ def lines(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Line]:
 
 
 def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
-    """Mean figures of a cache's rows in a report, at the longest context that has each; accuracy by samples."""
-    rows = [row for row in report["rows"] if row["cache"] == cache and "stage" not in row]
+    """Mean figures of a cache's rows in a report, at the longest context that has each; accuracy by samples.
+
+    A change in NLL or a KL that the report holds as null is NaN.
+    """
+    rows = [
+        row | {name: nan for name in ("dnll", "kl") if name in row and row[name] is None}
+        for row in report["rows"]
+        if row["cache"] == cache and "stage" not in row
+    ]
     out: dict[str, float] = {}
     for name in FIGURES:
         having = [row for row in rows if row.get(name) is not None]
@@ -143,13 +151,19 @@ def spread(ones: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[
     """Means of what all have, and their sample standard deviations where there are several."""
     shared = [name for name in FIGURES if all(name in one for one in ones)]
     means = {name: fmean(one[name] for one in ones) for name in shared}
-    return means, {name: stdev(one[name] for one in ones) for name in shared} if len(ones) > 1 else {}
+    return means, {name: deviation([one[name] for one in ones]) for name in shared} if len(ones) > 1 else {}
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN if a value is not finite."""
+    return stdev(values) if all(map(isfinite, values)) else nan
 
 
 def undominated(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which (bits, loss) pairs no other beats in both."""
+    """Which (bits, loss) pairs no other beats in both; one that holds NaN is none of them."""
     return [
-        not any((b <= bits and q <= loss) and (b < bits or q < loss) for b, q in points) for bits, loss in points
+        not (isnan(bits) or isnan(loss) or any((b <= bits and q <= loss) and (b < bits or q < loss) for b, q in points))
+        for bits, loss in points
     ]
 
 
@@ -170,17 +184,18 @@ def summarize(folder: Path) -> None:
     best = [False] * len(found)
     if quality is not None:
         sign = -1 if quality[0] == "accuracy" else 1
-        best = undominated([(line.means["bits_per_value"], sign * line.means[quality[0]]) for line in found])
-        points = [(line.name, line.means["bits_per_value"], line.means[quality[0]]) for line in found]
-        draw_pareto(points, folder / "pareto.png", quality[1])
-    shown = [(head, key, form) for head, key, form in COLUMNS if any(key in line.means for line in found)]
-    heads = ["run", *(head for head, _, _ in shown), "seeds", "best"]
+        points = [(line.name, line.means.get("bits_per_value", nan), line.means[quality[0]]) for line in found]
+        best = undominated([(bits, sign * value) for _, bits, value in points])
+        if shown := [point for point in points if isfinite(point[1]) and isfinite(point[2])]:
+            draw_pareto(shown, folder / "pareto.png", quality[1])
+    columns = [(head, key, form) for head, key, form in COLUMNS if any(key in line.means for line in found)]
+    heads = ["run", *(head for head, _, _ in columns), "seeds", "best"]
     cells = [
-        [line.name, *(cell(line, key, form) for _, key, form in shown), str(line.seeds), "*" if mark else ""]
+        [line.name, *(cell(line, key, form) for _, key, form in columns), str(line.seeds), "*" if mark else ""]
         for line, mark in zip(found, best, strict=True)
     ]
     keep = [{**asdict(line), "best": mark} for line, mark in zip(found, best, strict=True)]
-    (folder / "sweep.json").write_text(json.dumps(keep, indent=1) + "\n", encoding="utf-8")
+    (folder / "sweep.json").write_text(json.dumps(plain(keep), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(markdown(heads, cells), encoding="utf-8")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(heads[0], overflow="fold")

@@ -151,6 +151,41 @@ def test_undominated():
     assert undominated([(4, 0.1), (4, 0.1)]) == [True, True]
 
 
+def test_what_is_not_a_number_is_never_best(tmp_path, capsys):
+    nan = float("nan")
+    assert undominated([(4, nan), (8, 0.0), (nan, -1.0)]) == [False, True, False]
+    broken = [dict(row, kl=nan, bits_per_value=2.0) if "kl" in row else row for row in ROWS]
+    short = dict(ROWS[1], context=100)
+    for rows in (broken, report.plain([*broken, short])):
+        folder = tmp_path / str(len(rows))
+        sweep_of(folder, [(["tiers=int4", "seed=0"], ROWS), (["tiers=int2", "seed=0"], rows), (["tiers=int2", "seed=1"], ROWS)])
+        summarize(folder)
+        first, second = json.loads((folder / "sweep.json").read_text(), parse_constant=pytest.fail)
+        assert (first["best"], second["best"]) == (True, False)
+        assert (second["means"]["kl"], second["spreads"]["kl"]) == (None, None)
+        assert "nan ±nan" in capsys.readouterr().out
+        assert (folder / "pareto.png").exists()
+
+
+def test_json_holds_null_for_what_is_not_a_number(tmp_path):
+    report.write(tmp_path / "report.json", {"rows": ({"kl": float("nan"), "dnll": -float("inf"), "samples": 3},)})
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found == {"rows": [{"kl": None, "dnll": None, "samples": 3}]}
+
+
+def test_a_run_without_bits_is_shown_without_them(tmp_path, capsys):
+    rows = [{"task": "mine", "cache": "argus", "context": 9, "accuracy": 0.5, "samples": 4}]
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    sweep_of(alone, [(["seed=0"], rows)])
+    summarize(alone)
+    assert "50%" in capsys.readouterr().out
+    [line] = json.loads((alone / "sweep.json").read_text())
+    assert (line["means"], line["best"]) == ({"accuracy": 0.5}, False)
+    sweep_of(beside, [(["task=mine"], rows), (["task=passkey"], [row for row in ROWS if row["task"] == "passkey"])])
+    summarize(beside)
+    assert [line["best"] for line in json.loads((beside / "sweep.json").read_text())] == [False, True]
+
+
 def test_figures_are_of_argus_at_the_longest_context():
     assert figures({"rows": ROWS}, "argus") == {
         "bits_per_value": 4.2,
