@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -41,7 +42,7 @@ class Line:
     ----------
     name : str
         What tells it from the others.
-    overrides : str
+    overrides : tuple of str
         Of its runs, their seeds left out.
     cache : str
     seeds : int
@@ -51,7 +52,7 @@ class Line:
     """
 
     name: str
-    overrides: str
+    overrides: tuple[str, ...]
     cache: str
     seeds: int
     means: dict[str, float]
@@ -96,26 +97,25 @@ def runs_of(folder: Path) -> list[Path]:
     return [run for run in runs if started[run] >= begun]
 
 
-def overrides_of(run: Path) -> str:
+def overrides_of(run: Path) -> tuple[str, ...]:
     """A run's overrides."""
-    listed = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
-    return " ".join(line[2:] for line in listed if line.startswith("- "))
+    listed = OmegaConf.to_container(OmegaConf.load(run / OVERRIDES))
+    return tuple(str(word) for word in listed) if isinstance(listed, list) else ()
 
 
-def distinguish(names: Sequence[str]) -> list[str]:
-    """Overrides without the words that all runs share."""
-    words = [name.split() for name in names]
+def distinguish(words: Sequence[Sequence[str]]) -> list[str]:
+    """Overrides without those that all runs share."""
     shared = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
     return [" ".join(word for word in line if word not in shared) or "default" for line in words]
 
 
-def lines(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Line]:
+def lines(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[Line]:
     """One line for each cache of each run but the reference, runs that differ only in their seed taken together."""
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for name, report in runs:
+    found: dict[tuple[tuple[str, ...], str], list[dict[str, float]]] = {}
+    for words, report in runs:
         reference = report["config"]["reference"]
         caches = list(dict.fromkeys(row["cache"] for row in report["rows"]))
-        setting = " ".join(word for word in name.split(" ") if not word.startswith("seed="))
+        setting = tuple(word for word in words if not word.startswith("seed="))
         for cache in [cache for cache in caches if cache != reference] or caches:
             found.setdefault((setting, cache), []).append(figures(report, cache))
     names = distinguish([setting for setting, _ in found])

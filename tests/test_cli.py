@@ -176,7 +176,7 @@ def test_a_sweep_in_processes_of_its_own(launcher, model, tmp_path):
         assert data["command"].startswith(f"python -m argus tiers={name} ")
         assert data["command"].endswith("task.context=120")
     kept = json.loads((tmp_path / "out" / "sweep.json").read_bytes())
-    assert [line["overrides"].split()[0] for line in kept] == ["tiers=int8", "tiers=int4"]
+    assert [line["overrides"][0] for line in kept] == ["tiers=int8", "tiers=int4"]
 
 
 def test_a_launcher_that_is_not_installed(monkeypatch, tmp_path, capsys):

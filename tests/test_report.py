@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from argus import report, sweep
 from argus.config import RunConfig, compose, validate
@@ -198,9 +199,26 @@ def test_figures_are_of_argus_at_the_longest_context():
 
 
 def test_runs_are_named_by_what_differs():
-    assert distinguish(["tiers=int4 seed=1", "tiers=int8 seed=1"]) == ["tiers=int4", "tiers=int8"]
-    assert distinguish(["tiers=int4", ""]) == ["tiers=int4", "default"]
-    assert distinguish(["tiers=int4"]) == ["tiers=int4"]
+    assert distinguish([("tiers=int4", "seed=1"), ("tiers=int8", "seed=1")]) == ["tiers=int4", "tiers=int8"]
+    assert distinguish([("tiers=int4",), ()]) == ["tiers=int4", "default"]
+    assert distinguish([("tiers=int4",)]) == ["tiers=int4"]
+    assert distinguish([("a={b: 1, c: 2}",), ("a={b: 1, c: 3}",)]) == ["a={b: 1, c: 2}", "a={b: 1, c: 3}"]
+
+
+def test_overrides_that_hydra_folds_over_lines_tell_runs_apart(tmp_path):
+    """YAML folds and quotes long ones."""
+    stages = "+tiers.stages.two={{keys: {{tier: int4, group_size: 32}}, values: {{tier: int{}, group_size: 32}}, capacity: 64}}"
+    both = [[stages.format(bits), "tiers.order=[two]", "~anchors.sinks", "+note=${seed}", "seed=0"] for bits in (2, 3)]
+    sweep_of(tmp_path, [(words, ROWS) for words in both])
+    for number, words in enumerate(both):
+        path = tmp_path / str(number) / ".hydra" / "overrides.yaml"
+        OmegaConf.save(OmegaConf.create(words), path)
+        assert len(path.read_text().splitlines()) > len(words)
+        assert sweep.overrides_of(tmp_path / str(number)) == tuple(words)
+    summarize(tmp_path)
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    assert [line["overrides"] for line in kept] == [words[:-1] for words in both]
+    assert [line["name"] for line in kept] == [words[0] for words in both]
 
 
 def sweep_of(folder, reports) -> None:
@@ -249,7 +267,7 @@ def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
 
 def test_ten_runs_stay_in_order(tmp_path):
     sweep_of(tmp_path, [([f"seed={i}"], ROWS) for i in range(12)])
-    assert [sweep.overrides_of(run) for run in sweep.runs_of(tmp_path)] == [f"seed={i}" for i in range(12)]
+    assert [sweep.overrides_of(run) for run in sweep.runs_of(tmp_path)] == [(f"seed={i}",) for i in range(12)]
 
 
 def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
