@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from argus.errors import ArgusError
 
 FAILED = 2
 """Exit code of a run that ends in one clear line."""
+ERROR = "error.log"
+"""The traceback of a run of a sweep that ends in an exception that ARGUS does not raise on purpose."""
 
 
 def add_config_paths(paths: Sequence[str]) -> None:
@@ -42,8 +45,8 @@ def job(composed: DictConfig) -> None:
 
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
-    data: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    with one_line(stop=not sweep):
+    with one_line(folder if sweep else None):
+        data: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         config = validate(RunConfig, data)
         if sweep and is_done(folder, config):
             print(f"argus: {folder} has the report of this run already", file=sys.stderr, flush=True)
@@ -52,19 +55,31 @@ def job(composed: DictConfig) -> None:
 
 
 class one_line:  # noqa: N801
-    """Print one line on stderr where ARGUS raises on purpose, and end the program there if it is to `stop`."""
+    """Print one line on stderr where ARGUS raises on purpose, and end the program there.
 
-    def __init__(self, stop: bool = True) -> None:
-        self.stop = stop
+    In a run of a sweep, which has a `folder`, the program goes on, after any other exception too: its traceback goes to
+    ``error.log`` in the folder.
+    """
 
-    def __enter__(self) -> None: ...
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        if self.folder is not None:
+            (self.folder / ERROR).unlink(missing_ok=True)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, ArgusError):
+        if isinstance(error, ArgusError):
+            print(f"argus: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            if self.folder is None:
+                raise SystemExit(FAILED) from error
+            return True
+        if self.folder is None or not isinstance(error, Exception):
             return False
-        print(f"argus: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if self.stop:
-            raise SystemExit(FAILED) from error
+        path = self.folder / ERROR
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"argus: {said}; traceback in {path}", file=sys.stderr, flush=True)
         return True
 
 

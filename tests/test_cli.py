@@ -161,6 +161,44 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path):
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_bytes())) == 1
 
 
+FAULTY = """
+import sys
+from argus import runner
+from argus.__main__ import main
+
+execute = runner.execute
+
+def failing(config, folder):
+    if config.tiers.order == ("int4",):
+        raise RuntimeError("out of\\nmemory")
+    return execute(config, folder)
+
+runner.execute = failing
+sys.argv = ["argus", *{words}]
+main()
+"""
+
+
+def test_an_exception_in_a_run_of_a_sweep_stops_no_other(model, tmp_path):
+    """Its traceback is kept until the run is done."""
+    words = ["-m", "tiers=int4,int8", "task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
+    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FAULTY.format(words=words)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("argus: ")]
+    assert said[0].startswith("argus: RuntimeError: out of memory; traceback in ")
+    assert said[0].endswith("/out/0/error.log")
+    assert said[1].startswith("argus: report.json is missing of runs 0 in out")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "out" / "0" / "error.log").read_text(encoding="utf-8")
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_bytes())) == 1
+    argus(*words, cwd=tmp_path)
+    assert not (tmp_path / "out" / "0" / "error.log").exists()
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_bytes())) == 2
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_sweep_in_processes_of_its_own(launcher, model, tmp_path):
     """Runs that fail are named after the table of the others, and each report has a command of its own."""
