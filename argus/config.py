@@ -210,13 +210,47 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         except ConfigCompositionException as error:
             cause = error.__cause__
             if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-                parent = str(cause.full_key).rpartition(".")[0]
-                known = OmegaConf.select(hydra_compose("config"), parent) if parent else hydra_compose("config")
-                where = parent or "a run"
-                raise ConfigError(f"'{cause.full_key}' is no option; allowed in {where}: {', '.join(known)}") from error
+                raise ConfigError(_no_option(str(cause.full_key), overrides, searched)) from error
             raise ConfigError(" ".join(str(error).split())) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _choices(override: Any, searched: Sequence[str]) -> list[str]:
+    """Configs of the group that an override chooses from; none where it sets an option."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    if isinstance(override.value(), dict):
+        return []
+    return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group, overrides=list(searched))
+
+
+def _no_option(key: str, overrides: Sequence[str], searched: Sequence[str]) -> str:
+    """What to say of an option that does not exist: what the chosen configs allow there, and what was set before it."""
+    from hydra import compose as hydra_compose
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import DictConfig
+
+    kept: list[str] = []
+    reached = False
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if _choices(override, searched):
+            kept.append(str(override.input_line))
+            continue
+        name, adds = override.key_or_group, override.is_add() or override.is_force_add()
+        holds = isinstance(override.value(), dict) and key.startswith(f"{name}.")
+        reached = reached or f"{name}.".startswith(f"{key}.") or (holds and not adds)
+        if not reached:
+            kept.append(str(override.input_line))
+    known: Any = hydra_compose("config", overrides=[*kept, *searched])
+    there: list[str] = []
+    for part in key.split(".")[:-1]:
+        if not isinstance(known, DictConfig) or part not in known:
+            break
+        known = known[part]
+        there.append(part)
+    allowed = ", ".join(map(str, known)) if isinstance(known, DictConfig) else ""
+    return f"'{key}' is no option; allowed in {'.'.join(there) or 'a run'}: {allowed or 'none'}"
 
 
 def load_cache_config(choice: str | CacheConfig | Sequence[str] | None = None) -> CacheConfig:
