@@ -183,7 +183,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If an override names a group, an option or a key that does not exist.
+        If an override names a group, an option or a key that does not exist, or a value is of a wrong type.
     """
     from hydra import compose as hydra_compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -214,6 +214,9 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise ConfigError(" ".join(str(error).split())) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+        except (TypeError, ValueError) as error:  # Hydra does not look at the type of a value before it uses it.
+            message = _no_choice(overrides, searched) or f"{' '.join(overrides)}: {error}"
+            raise ConfigError(" ".join(message.split())) from error
 
 
 def _choices(override: Any, searched: Sequence[str]) -> list[str]:
@@ -223,6 +226,18 @@ def _choices(override: Any, searched: Sequence[str]) -> list[str]:
     if isinstance(override.value(), dict):
         return []
     return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group, overrides=list(searched))
+
+
+def _no_choice(overrides: Sequence[str], searched: Sequence[str]) -> str | None:
+    """What to say of the first override that gives a group what is no name and no list of names."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        value, choices = override.value(), _choices(override, searched)
+        names = value if isinstance(value, list) else [value]
+        if choices and not override.is_delete() and not all(isinstance(name, str) for name in names):
+            return f"'{override.input_line}' names no config; allowed: {', '.join(choices)}"
+    return None
 
 
 def _no_option(key: str, overrides: Sequence[str], searched: Sequence[str]) -> str:
