@@ -85,7 +85,7 @@ class one_line:  # noqa: N801
 
 def main() -> None:
     """The command line."""
-    from argus.commandline import Command, check, sweep_folder
+    from argus.commandline import Command, check, sweep_folder, sweeps
 
     command = Command.of(sys.argv[1:])
     with one_line():
@@ -95,7 +95,8 @@ def main() -> None:
         add_config_paths(paths)
         if command.runs:
             check(command)
-    if not command.multirun:
+        sweep = sweeps(command)
+    if not sweep:
         job()
         return
     folder = sweep_folder(command, datetime.now())

@@ -69,6 +69,14 @@ def check(command: Command) -> None:
         build(config.argus(), head_dim, text=TextFacts(line_ends=(0,)))
 
 
+def sweeps(command: Command) -> bool:
+    """Whether Hydra makes a sweep of it: asked for by a flag, or by ``hydra.mode``, as in an experiment."""
+    from argus.config import is_sweep
+
+    words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith("hydra.mode=")]
+    return command.multirun or (command.runs and is_sweep(combinations(words)[0]))
+
+
 def check_launcher(words: Sequence[str]) -> None:
     """Raise :class:`ConfigError` that says what to install if a launcher is asked for whose package is not there."""
     from importlib.util import find_spec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -177,6 +177,43 @@ def _line(kind: type[BaseModel], fault: Mapping[str, Any], where: str) -> str:
     return f"{path}: {message}" if path else message
 
 
+@contextmanager
+def _searching() -> Iterator[list[str]]:
+    """A Hydra that finds all config groups; gives the overrides that it needs for those of plugins."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+
+    paths = config_paths()
+    outer = get_gh_backup()  # The program may use a Hydra of its own.
+    GlobalHydra.instance().clear()
+    with ExitStack() as stack:
+        stack.callback(restore_gh_from_backup, outer)
+        stack.enter_context(initialize_config_module("argus.conf", version_base="1.3"))
+        yield [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
+
+
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does.
+
+    Raises
+    ------
+    ConfigError
+        If they do not compose.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    with _searching() as searched:
+        try:
+            composed = hydra_compose("config", overrides=[*overrides, *searched], return_hydra_config=True)
+        except HydraException as error:
+            message = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
+            raise ConfigError(" ".join(message.split())) from error
+        return composed.hydra.mode == RunMode.MULTIRUN
+
+
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Plain data of ``conf/config.yaml`` with Hydra `overrides` (``"tiers=int4"``, ``"anchors.sinks.tokens=8"``).
 
@@ -185,20 +222,13 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     ConfigError
         If an override names a group, an option or a key that does not exist, or a value is of a wrong type.
     """
-    from hydra import compose as hydra_compose, initialize_config_module
+    from hydra import compose as hydra_compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-    from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    paths = config_paths()
-    searched = [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
-    outer = get_gh_backup()  # The program may use a Hydra of its own.
-    GlobalHydra.instance().clear()
-    with ExitStack() as stack:
-        stack.callback(restore_gh_from_backup, outer)
-        stack.enter_context(initialize_config_module("argus.conf", version_base="1.3"))
+    with _searching() as searched:
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched])
             return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]

@@ -217,6 +217,17 @@ def test_a_sweep_in_processes_of_its_own(launcher, model, tmp_path):
     assert [line["overrides"][0] for line in kept] == ["tiers=int8", "tiers=int4"]
 
 
+def test_an_experiment_ends_in_a_table_without_the_flag_too(monkeypatch, tmp_path):
+    told: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["argus", "+experiment=page_size", "hydra.sweep.dir=out"])
+    monkeypatch.setattr("argus.__main__.add_config_paths", lambda paths: None)
+    monkeypatch.setattr("argus.__main__.job", lambda: told.append("runs"))
+    monkeypatch.setattr("argus.sweep.summarize", lambda folder: told.append(f"table of {folder}"))
+    main()
+    assert told == ["runs", "table of out"]
+
+
 def test_a_launcher_that_is_not_installed(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -8,7 +8,7 @@ import pytest
 
 from argus import plugins
 from argus.build import build
-from argus.commandline import Command, check, combinations, sweep_folder
+from argus.commandline import Command, check, combinations, sweep_folder, sweeps
 from argus.config import CacheConfig, RunConfig, compose, load_cache_config, validate
 from argus.errors import ConfigError, PluginError
 from argus.hookspecs import hookimpl
@@ -338,6 +338,28 @@ def test_every_value_of_a_sweep_is_tried_once():
     assert len(runs) == 4
     assert {run[0] for run in runs} == {"tiers=int8", "tiers=int4", "tiers=int2"}
     assert {run[1] for run in runs} == {"seed=1", "seed=2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["-m", "seed=0,1"], True),
+        (["seed=0"], False),
+        (["+experiment=page_size"], True),
+        (["+experiment=page_size", "seed=0,1", "hydra.sweep.dir=out"], True),
+        (["+experiment=page_size", "hydra.mode=RUN"], False),
+        (["hydra.mode=MULTIRUN"], True),
+        (["+experiment=page_size", "--help"], False),
+    ],
+)
+def test_what_is_a_sweep(words, wanted):
+    assert sweeps(Command.of(words)) == wanted
+
+
+def test_a_mode_that_hydra_does_not_know():
+    with pytest.raises(ConfigError, match=r"hydra.mode.*RUN") as caught:
+        sweeps(Command.of(["hydra.mode=many"]))
+    assert "\n" not in str(caught.value)
 
 
 def test_where_a_sweep_goes():
