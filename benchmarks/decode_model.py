@@ -198,10 +198,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = model_of(options.layers, options.device)
     rows: list[dict[str, Any]] = []
-    tried: dict[str, dict[str, float]] = {}
+    tried: dict[str, dict[str, list[float]]] = {}
     for batch, context in (tuple(int(size) for size in shape.split("x")) for shape in options.shapes):
         every = fp16_times(model, batch, context, options.padding, options.steps)
-        tried[f"{batch}x{context}"] = {name: time.median for name, time in every.items()}
+        tried[f"{batch}x{context}"] = {name: [round(time.mean, 3), round(time.median, 3)] for name, time in every.items()}
         fp16 = min(every.values())
         told = ", ".join(f"{name} {time.mean:.2f} ms (median {time.median:.2f})" for name, time in every.items())
         print(f"{batch} x {context}: FP16 a step of {options.layers} layers: {told}")
