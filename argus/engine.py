@@ -122,8 +122,18 @@ class LayerCache:
         shape = (keys.shape[0], keys.shape[1], keys.shape[3])
         if self.length and shape != self.shape:
             raise ArgusError(f"tokens of batch, heads and head_dim {shape} cannot follow those held, of {self.shape}")
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.window.tensors()):
+            self._leave_inference()
         self.shape = shape
         self.window.append(keys, values)
+
+    def _leave_inference(self) -> None:
+        """Copy what is written in place, since what was made in inference mode may not be outside of it."""
+        self.window.map(torch.Tensor.clone)
+        for pool in self.pools:
+            pool.map(torch.Tensor.clone)
+        self._segments = None
+        self._let_go()
 
     def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
         """Answer queries over all that is held.

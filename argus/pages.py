@@ -138,9 +138,13 @@ class Pool:
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
+        self.map(lambda tensor: tensor.index_select(1, rows))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor held."""
         for slab in self.slabs:
             for name, tensor in slab.items():
-                slab[name] = tensor.index_select(1, rows)
+                slab[name] = change(tensor)
 
 
 WINDOW_STEP = 16

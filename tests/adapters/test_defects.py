@@ -17,6 +17,7 @@ from argus.errors import ArgusError, RangeError
 from tests.models import SMALL, tiny
 
 EXACT = ["tiers=exact", "tiers.page_size=4", "tiers.window=4", "tiers.dtype=float32"]
+AGING = ["tiers=default", "tiers.page_size=8", "tiers.window=4", "tiers.order=[int8,int4]", "tiers.stages.int8.capacity=16"]
 INT4 = ["tiers=int4", "tiers.page_size=8", "tiers.window=8"]
 
 
@@ -154,6 +155,19 @@ def test_autocast_leaves_a_cache_alone() -> None:
     model = patch_model_with_argus(tiny("llama", head_dim=32), INT4)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.generate(ids(200), max_new_tokens=20, min_new_tokens=20).shape == (1, 220)
+
+
+@pytest.mark.parametrize("ladder", [EXACT, AGING])
+def test_inference_mode_and_others_in_turn(ladder: list[str]) -> None:
+    model, x, logits = tiny("llama"), ids(60), []
+    for modes in ((torch.no_grad,) * 3, (torch.inference_mode, torch.no_grad, torch.inference_mode)):
+        cache = ArgusCache(model, ladder)
+        for part, mode in zip(x.split(20, 1), modes, strict=True):
+            with mode():
+                for tokens in part.split([16, 1, 1, 1, 1], 1):
+                    out = model(tokens, past_key_values=cache).logits
+        logits.append(out.detach().clone())
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])

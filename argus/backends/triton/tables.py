@@ -311,4 +311,6 @@ class Tables:
         """Every tensor held."""
         runs = [run for _, pages in self._held.values() for joint in pages.runs for run in (joint, *joint.members)]
         held = [tensor for run in runs for tensor in (run.table, run.positions)]
-        return [*held, *self._laid.values(), *self._found.values()]
+        # Of pages on a GPU these are the host's.
+        found = [places for segment, places in self._found.items() if places.device == segment.positions.device]
+        return [*held, *self._laid.values(), *found]
