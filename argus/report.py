@@ -200,10 +200,14 @@ def table(rows: Sequence[Row]) -> Table:
     return drawn
 
 
+WIDTH = 100
+"""Columns that tables have at least."""
+
+
 def terminal() -> Console:
-    """Where tables go: the terminal as wide as it is, a file at 100 columns."""
+    """Where tables go, 100 columns wide, or as a wider terminal is: a narrower one breaks lines, but no figure is cut."""
     console = Console()
-    return console if console.is_terminal else Console(width=100)
+    return Console(width=max(WIDTH, console.width if console.is_terminal else 0))
 
 
 def budget_line(match: Match) -> str:

@@ -361,3 +361,11 @@ def test_scores():
 def test_the_median_is_of_what_was_timed():
     assert Clock(torch.device("cpu"), [3.0, 1.0, 100.0]).median == 3.0
     assert Clock(torch.device("cpu")).median == 0.0
+
+
+def test_a_narrow_terminal_cuts_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert report.terminal().width == 100
+    monkeypatch.setenv("COLUMNS", "140")
+    assert report.terminal().width == 140
