@@ -19,6 +19,10 @@ LAUNCHERS = {
 """The package of each launcher that Hydra's makers give out apart."""
 
 
+FOLDERS = ("--config-dir", "-cd")
+"""Flags of Hydra that name a folder of config groups."""
+
+
 @dataclass(frozen=True)
 class Command:
     """What was asked for."""
@@ -27,6 +31,7 @@ class Command:
     overrides: tuple[str, ...]
     multirun: bool
     runs: bool
+    folders: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Command:
@@ -37,7 +42,9 @@ class Command:
         )
         multirun = any(word in ("-m", "--multirun") for word in arguments)
         runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
-        return cls(tuple(arguments), overrides, multirun and runs, runs)
+        folders = [word for flag, word in zip(flags, arguments, strict=False) if flag in FOLDERS]
+        folders += [word.split("=", 1)[1] for word in arguments if word.startswith(f"{FOLDERS[0]}=")]
+        return cls(tuple(arguments), overrides, multirun and runs, runs, tuple(folders))
 
     def into(self, folder: str) -> list[str]:
         """The arguments of a sweep into `folder`; Hydra takes overrides only if they stand together."""
@@ -62,7 +69,7 @@ def check(command: Command) -> None:
     check_launcher(command.overrides)
     words = [word for word in command.overrides if not word.startswith("hydra.")]
     for overrides in combinations(words):
-        config = validate(RunConfig, compose(overrides))
+        config = validate(RunConfig, compose(overrides, command.folders))
         head_dim = look(config.model)
         for cache in choose(config).caches.values():
             cache.check(head_dim)
@@ -74,7 +81,7 @@ def sweeps(command: Command) -> bool:
     from argus.config import is_sweep
 
     words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith("hydra.mode=")]
-    return command.multirun or (command.runs and is_sweep(combinations(words)[0]))
+    return command.multirun or (command.runs and is_sweep(combinations(words)[0], command.folders))
 
 
 def check_launcher(words: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -178,13 +179,16 @@ def _line(kind: type[BaseModel], fault: Mapping[str, Any], where: str) -> str:
 
 
 @contextmanager
-def _searching() -> Iterator[list[str]]:
-    """A Hydra that finds all config groups; gives the overrides that it needs for those of plugins."""
+def _searching(folders: Sequence[str]) -> Iterator[list[str]]:
+    """A Hydra that finds all config groups; gives the overrides that it needs for those of plugins and of `folders`."""
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    paths = config_paths()
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    if missing:
+        raise ConfigError(f"'{missing[0]}' is no folder; allowed: one with folders named like config groups, such as tiers")
+    paths = [*config_paths(), *(f"'file://{Path(folder).absolute()}'" for folder in folders)]
     outer = get_gh_backup()  # The program may use a Hydra of its own.
     GlobalHydra.instance().clear()
     with ExitStack() as stack:
@@ -193,8 +197,8 @@ def _searching() -> Iterator[list[str]]:
         yield [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
 
 
-def is_sweep(overrides: Sequence[str]) -> bool:
-    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does.
+def is_sweep(overrides: Sequence[str], folders: Sequence[str] = ()) -> bool:
+    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does; `folders` as for :func:`compose`.
 
     Raises
     ------
@@ -205,7 +209,7 @@ def is_sweep(overrides: Sequence[str]) -> bool:
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    with _searching() as searched:
+    with _searching(folders) as searched:
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched], return_hydra_config=True)
         except HydraException as error:
@@ -214,8 +218,10 @@ def is_sweep(overrides: Sequence[str]) -> bool:
         return composed.hydra.mode == RunMode.MULTIRUN
 
 
-def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[str, Any]:
     """Plain data of ``conf/config.yaml`` with Hydra `overrides` (``"tiers=int4"``, ``"anchors.sinks.tokens=8"``).
+
+    Config groups are looked for in `folders` too.
 
     Raises
     ------
@@ -228,7 +234,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    with _searching() as searched:
+    with _searching(folders) as searched:
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched])
             return dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]

@@ -309,3 +309,17 @@ def test_a_mistake_ends_in_one_line(words, message, tmp_path, monkeypatch, capsy
     assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ladder_in_a_folder_of_ones_own(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "my own" / "tiers").mkdir(parents=True)
+    text = "defaults:\n  - int4\n  - _self_\nwindow: 24\n"
+    (tmp_path / "my own" / "tiers" / "mine.yaml").write_text(text, encoding="utf-8")
+    words = ["--config-dir", "my own", "tiers=mine", "model=hf", f"model.id={model}", "task=generate", "task.tokens=2"]
+    argus(*words, "hydra.run.dir=run", cwd=tmp_path)
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert report["config"]["tiers"]["window"] == 24
+    failed = argus("--config-dir=nowhere", "tiers=mine", cwd=tmp_path, code=2)
+    assert failed.stderr.splitlines()[-1].startswith("argus: 'nowhere' is no folder; allowed:")
+    failed = argus("--config-dir=my own", "tiers=mein", cwd=tmp_path, code=2)
+    assert "mine" in failed.stderr.split("allowed:")[1]
