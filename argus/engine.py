@@ -69,7 +69,9 @@ class LayerCache:
     exact : ExactTokens
     outliers : dict of str to ExactNumbers
     shape : tuple of int or None
-        Batch, key-value heads and head_dim of what was written last.
+        Batch, key-value heads and head_dim of the keys written last.
+    value_dim : int
+        The head_dim of values.
     """
 
     def __init__(self, plan: Plan, reach: int | None = None) -> None:
@@ -88,6 +90,7 @@ class LayerCache:
         self.exact = ExactTokens(plan.dtype, plan.eight)
         self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
+        self.value_dim = 0
         self._segments: list[Segment] | None = None
         self._known: dict[int, tuple[list[int], Segment]] = {}
 
@@ -99,7 +102,7 @@ class LayerCache:
     def values(self) -> int:
         """Numbers that the tokens held have in keys and values together."""
         batch, heads, dim = self.shape or (0, 0, 0)
-        return 2 * batch * heads * dim * (self.length - self.forgotten * self.plan.page_size)
+        return batch * heads * (dim + self.value_dim) * (self.length - self.forgotten * self.plan.page_size)
 
     @property
     def length(self) -> int:
@@ -117,14 +120,15 @@ class LayerCache:
         Raises
         ------
         ArgusError
-            If batch, heads or head_dim are not those of the tokens held.
+            If batch, heads or a head_dim are not those of the tokens held.
         """
-        shape = (keys.shape[0], keys.shape[1], keys.shape[3])
-        if self.length and shape != self.shape:
-            raise ArgusError(f"tokens of batch, heads and head_dim {shape} cannot follow those held, of {self.shape}")
+        shape, value_dim = (keys.shape[0], keys.shape[1], keys.shape[3]), values.shape[3]
+        if self.length and (shape, value_dim) != (self.shape, self.value_dim):
+            dims, held = (*shape, value_dim), (*(self.shape or ()), self.value_dim)
+            raise ArgusError(f"tokens of batch, heads and head_dims {dims} cannot follow those held, of {held}")
         if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.window.tensors()):
             self._leave_inference()
-        self.shape = shape
+        self.shape, self.value_dim = shape, value_dim
         self.window.append(keys, values)
 
     def _leave_inference(self) -> None:

@@ -336,3 +336,13 @@ def test_reading_outliers_leaves_codes_as_they_are():
     after = [slab for pool in layer.pools for slab in pool.slabs]
     for slab, kept in zip(after, before, strict=True):
         assert all(torch.equal(slab[name], x) for name, x in kept.items())
+
+
+def test_values_may_have_another_head_dim() -> None:
+    layer = make_layer(order=("int8",))
+    keys, values = tokens(0, 200)
+    layer.write(keys, values[..., : DIM // 2])
+    layer.age()
+    assert layer.values == HEADS * 200 * (DIM + DIM // 2)
+    with pytest.raises(ArgusError, match="cannot follow those held"):
+        layer.write(*tokens(1, 1))
