@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -247,3 +247,37 @@ def test_a_policy_is_asked_of_every_page():
         ([PageFacts(1, None), PageFacts(0, None)], stage),
         ([PageFacts(2, 0), PageFacts(1, 0), PageFacts(0, None)], stage),
     ]
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3, 4, 5])
+def test_a_move_that_fails_leaves_what_was_held(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    """Whichever of its encodings a tier breaks off at: nothing is kept twice, and what is tried again is right."""
+    options = {"order": ("int8", "int4"), "capacities": {"int8": 8}, "anchors": {"sinks": {}}}
+    options["outliers"] = {"policy": "topk", "share": 0.05}
+    layer, sound = make_layer(**options), make_layer(**options)
+    for one in (layer, sound):
+        grow(one, *tokens(0, 40))
+        one.write(*tokens(1, 8))
+    real, asked = layer.plan.backend.recode, []
+
+    def recode(*args: Any) -> Any:
+        asked.append(args)
+        if len(asked) == fails:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(layer.plan.backend, "recode", recode)
+    for _ in range(2):
+        try:
+            layer.age()
+        except RuntimeError:
+            assert len(asked) == fails
+    monkeypatch.undo()
+    layer.age()
+    sound.age()
+    assert layer.where == sound.where
+    for pool, other in zip(layer.pools, sound.pools, strict=True):
+        assert sorted(pool.pages) == sorted(other.pages)
+    for got, want in zip(contents(layer), contents(sound), strict=True):
+        torch.testing.assert_close(got, want)
+    assert layer.exact.positions.tolist() == sound.exact.positions.tolist()
