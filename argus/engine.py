@@ -55,6 +55,8 @@ class LayerCache:
     ----------
     plan : Plan
     reach : int or None
+    patient : bool
+        Whether pages that no query will see are held until :meth:`forget`, so that any number of tokens can be cropped before.
     window : Window
         The newest tokens.
     pools : list of Pool
@@ -77,6 +79,7 @@ class LayerCache:
     def __init__(self, plan: Plan, reach: int | None = None) -> None:
         self.plan = plan
         self.reach = reach
+        self.patient = False
         self.reset()
 
     def reset(self) -> None:
@@ -267,7 +270,8 @@ class LayerCache:
         if not self.due:
             self.window.settle()
             return
-        self._forget()
+        if not self.patient:
+            self._forget()
         known, born, first = known or Context(), self.due, self.forgotten
         facts = [stage.facts for stage in self.plan.stages]
         stages = [*self.where[first:], *[None] * born]
@@ -283,6 +287,13 @@ class LayerCache:
             self._bear(targets[begin:end], known)
             self.salience += weights[begin:end]
         self.window.settle()
+        for pool in self.pools:
+            pool.trim()
+        self._let_go()
+
+    def forget(self) -> None:
+        """Forget the pages that no later query sees."""
+        self._forget()
         for pool in self.pools:
             pool.trim()
         self._let_go()

@@ -108,6 +108,19 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         """Rows of the batch, 0 while empty."""
         return self.engine.shape[0] if self.engine.shape else 0
 
+    @property
+    def record_past(self) -> bool:
+        """Whether all tokens are held until the next crop, which transformers asks for where it tries candidates."""
+        return self.engine.patient
+
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        self.engine.patient = wanted
+
+    def activate_past_recording(self) -> None:
+        """Hold all tokens until the next crop."""
+        self.record_past = True
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
@@ -263,6 +276,9 @@ class ArgusCache(Cache):  # type: ignore[misc]
             engine.check_crop(length)
         for engine in longer:
             engine.crop(length)
+        for layer in self.layers:
+            if layer.engine.patient:
+                layer.engine.forget()
 
     def age(self) -> None:
         """Let pages move that are due after a step which was replayed; others let them move themselves."""

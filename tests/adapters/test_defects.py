@@ -114,6 +114,19 @@ def test_layers_of_different_lengths_are_refused() -> None:
     model(ids(3), past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+def test_more_candidates_than_a_page(family: str) -> None:
+    """Of a sliding window too, whose older pages are wanted again when candidates are refused."""
+    model, x = tiny(family), ids(12).repeat(1, 4)
+    options = {"max_new_tokens": 60, "do_sample": False}
+    want = model.generate(x, **options)
+    cache = ArgusCache(model, EXACT)
+    got = model.generate(x, past_key_values=cache, prompt_lookup_num_tokens=14, max_matching_ngram_size=1, **options)
+    assert torch.equal(got, want)
+    held = [layer.engine for layer in cache.layers if layer.engine.reach]
+    assert all(engine.forgotten for engine in held)
+
+
 def test_sinks_come_after_padding_that_fills_whole_chunks() -> None:
     model, x = tiny("llama"), ids(37, 2)
     mask = torch.ones_like(x)
