@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArgusCache": "argus.adapters.huggingface",
-    "patch_model_with_argus": "argus.adapters.huggingface",
-    "unpatch": "argus.adapters.huggingface",
+    "patch_model_with_argus": "argus.adapters.patch",
+    "unpatch": "argus.adapters.patch",
     "CacheConfig": "argus.config",
     "load_cache_config": "argus.config",
     "ArgusError": "argus.errors",
@@ -19,7 +19,8 @@ _HOMES = {
 __all__ = ["ArgusCache", "ArgusError", "CacheConfig", "hookimpl", "load_cache_config", "patch_model_with_argus", "unpatch"]
 
 if TYPE_CHECKING:
-    from argus.adapters.huggingface import ArgusCache, patch_model_with_argus, unpatch
+    from argus.adapters.huggingface import ArgusCache
+    from argus.adapters.patch import patch_model_with_argus, unpatch
     from argus.config import CacheConfig, load_cache_config
     from argus.errors import ArgusError
     from argus.hookspecs import hookimpl

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from argus.attention import Query
-from argus.backends.base import Dense, ExactRows, Segment
+from argus.backends.base import Dense, Segment
+from argus.blocks import EXACT, Blocks, payload_of
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens
 from argus.pages import Pool, Slab, Window, smooth, to_pages
-from argus.plan import Plan, Stage
+from argus.plan import Plan
 from argus.policies.base import NewPages, PageFacts, check_targets, salience
 from argus.tiers.base import ROLES, Role, gate
-
-EXACT = "exact"
-"""The name under which a page's exact-token marks ``[n, B, H, P]`` travel with its codes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class LayerCache:
         Of each page, as aging policies are told of it.
     exact : ExactTokens
     outliers : dict of str to ExactNumbers
+    blocks : Blocks
+        Pages as backends see them.
     shape : tuple of int or None
         Batch, key-value heads and head_dim of the keys written last.
     value_dim : int
@@ -94,12 +94,7 @@ class LayerCache:
         self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self.value_dim = 0
-        self._segments: list[Segment] | None = None
-        self._known: dict[int, tuple[list[int], Segment]] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy finds its own pages."""
-        return self.__dict__ | {"_segments": None, "_known": {}}
+        self.blocks = Blocks(plan)
 
     @property
     def values(self) -> int:
@@ -139,8 +134,7 @@ class LayerCache:
         self.window.map(torch.Tensor.clone)
         for pool in self.pools:
             pool.map(torch.Tensor.clone)
-        self._segments = None
-        self._let_go()
+        self.blocks.renew(self.pools, self.outliers)
 
     def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
         """Answer queries over all that is held.
@@ -198,66 +192,7 @@ class LayerCache:
 
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""
-        if self._segments is None:
-            outliers = {role: numbers.rows for role, numbers in self.outliers.items() if numbers.rows is not None}
-            blocks = [
-                (stage, slab, pages)
-                for stage, pool in zip(self.plan.stages, self.pools, strict=True)
-                for slab, pages in pool.blocks()
-            ]
-            found = [self._found(slab, pages, outliers) for _, slab, pages in blocks]
-            new = [block for block, one in zip(blocks, found, strict=True) if one is None]
-            # One copy to the device for all blocks.
-            held = [page for _, _, pages in new for page in pages]
-            device = next(iter(new[0][1].values())).device if new else None
-            starts = torch.tensor(held, dtype=torch.int64, device=device) * self.plan.page_size
-            places = starts.split([len(pages) for _, _, pages in new])
-            made = iter([self._segment(*block, outliers, place) for block, place in zip(new, places, strict=True)])
-            self._segments = [next(made) if one is None else one for one in found]
-            self._known = {
-                id(tensor): (pages, segment)
-                for (_, slab, pages), segment in zip(blocks, self._segments, strict=True)
-                for tensor in slab.values()
-            }
-        return self._segments
-
-    def _found(self, slab: Slab, pages: list[int], outliers: dict[Role, ExactRows]) -> Segment | None:
-        """The segment of pages that lie where they did, if it was made before."""
-        found = [self._known.get(id(tensor)) for tensor in slab.values()]
-        if not found or found[0] is None:
-            return None
-        known, segment = found[0]
-        same = known == pages and all(one is not None and one[1] is segment for one in found)
-        same = same and segment.outliers.keys() == outliers.keys()
-        return segment if same and all(segment.outliers[role] is outliers[role] for role in outliers) else None
-
-    def _let_go(self) -> None:
-        """Forget segments of pages that lie elsewhere by now, whose memory they would hold."""
-        held = {id(tensor) for pool in self.pools for slab in pool.slabs for tensor in slab.values()}
-        self._known = {
-            key: (pages, segment)
-            for key, (pages, segment) in self._known.items()
-            if key in held and all(rows is self.outliers[role].rows for role, rows in segment.outliers.items())
-        }
-
-    def _segment(
-        self, stage: Stage, slab: Slab, pages: list[int], outliers: dict[Role, ExactRows], starts: Tensor
-    ) -> Segment:
-        size = self.plan.page_size
-        payloads = {role: payload_of(slab, role) for role in ROLES}
-        return Segment(
-            key_tier=stage.keys,
-            value_tier=stage.values,
-            keys=payloads["keys"],
-            values=payloads["values"],
-            positions=starts,
-            last=(max(pages) + 1) * size - 1,
-            page_size=size,
-            exact=slab.get(EXACT),
-            outliers=outliers,
-            block_pages=self.plan.block_pages,
-            first=min(pages) * size,
-        )
+        return self.blocks.of(self.pools, self.outliers)
 
     def age(self, known: Context | None = None) -> None:
         """Let full pages leave the window and every page move to the stage that the aging policy gives it.
@@ -279,7 +214,7 @@ class LayerCache:
         ages = range(len(stages) - 1, -1, -1)
         targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
         check_targets(stages, targets, len(facts), first)
-        self._segments = None
+        self.blocks.held = None
         moved = len(self.where) - first
         self._move(targets[:moved])
         for begin in range(moved, len(stages), self.plan.block_pages):
@@ -289,14 +224,14 @@ class LayerCache:
         self.window.settle()
         for pool in self.pools:
             pool.trim()
-        self._let_go()
+        self.blocks.renew(self.pools, self.outliers)
 
     def forget(self) -> None:
         """Forget the pages that no later query sees."""
         self._forget()
         for pool in self.pools:
             pool.trim()
-        self._let_go()
+        self.blocks.renew(self.pools, self.outliers)
 
     def _forget(self) -> None:
         """Forget the pages that no later query sees, in the window too."""
@@ -304,7 +239,7 @@ class LayerCache:
         gone = 0 if self.reach is None else min(held + self.due, (self.length - self.reach + 1) // size - 1)
         if gone <= self.forgotten:
             return
-        self._segments = None
+        self.blocks.held = None
         for stage, pool in enumerate(self.pools):
             pool.remove([page for page in range(self.forgotten, min(gone, held)) if self.where[page] == stage])
         if gone > held:
@@ -454,8 +389,7 @@ class LayerCache:
         if back is not None:
             self.window.append(back[0][:, :, :rest], back[1][:, :, :rest])
             self.window.settle()
-        self._segments = None
-        self._let_go()
+        self.blocks.renew(self.pools, self.outliers)
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it (int64 ``[B']``): reorder, repeat, or keep some."""
@@ -467,8 +401,7 @@ class LayerCache:
             numbers.select(rows)
         if self.shape is not None:
             self.shape = (len(rows), *self.shape[1:])
-        self._segments = None
-        self._let_go()
+        self.blocks.renew(self.pools, self.outliers)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor held, each with what it is for: ``stage.<place>``, ``exact``, ``outliers`` or ``window``."""
@@ -483,10 +416,5 @@ class LayerCache:
                 yield "outliers", tensor
         for tensor in self.window.tensors():
             yield "window", tensor
-        for segment in (*(self._segments or ()), *(segment for _, segment in self._known.values())):
-            yield "index", segment.positions
-
-
-def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:
-    """What a tier keeps of `role`, out of all that is kept of the pages."""
-    return {name.removeprefix(f"{role}."): tensor for name, tensor in slab.items() if name.startswith(f"{role}.")}
+        for tensor in self.blocks.tensors():
+            yield "index", tensor

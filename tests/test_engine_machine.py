@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from argus.engine import EXACT, Context, LayerCache
+from argus.blocks import EXACT
+from argus.engine import Context, LayerCache
 from argus.ledger import measure
 from argus.plan import Plan
 from argus.tiers.base import ROLES

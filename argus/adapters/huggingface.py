@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -17,11 +16,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from argus.adapters.graphs import Recorder, Steps
 from argus.adapters.models import facts
+from argus.adapters.transcript import UNKNOWN, Transcript
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
-from argus.engine import Context, LayerCache
+from argus.engine import LayerCache
 from argus.errors import ArgusError, ModelError
 from argus.ledger import Ledger, measure
 from argus.plan import Plan
@@ -29,60 +29,6 @@ from argus.policies.base import RECENT, TextFacts
 
 NAME = "argus"
 """Name of the attention and mask functions in the registries of transformers."""
-UNKNOWN = -1
-"""Stands for a token of which only the embedding is known."""
-
-
-@dataclass
-class Transcript:
-    """The tokens that a cache has seen, where a policy asks for them, and each row's padding.
-
-    Attributes
-    ----------
-    wanted : bool
-        Whether a policy asks for tokens.
-    tokens : Tensor or None
-        ``[B, L]`` int32, :data:`UNKNOWN` where embeddings came without them.
-    padding : Tensor or None
-        ``[B]`` int64, tokens of padding on the left.
-    most : int
-        The largest padding of a row.
-    """
-
-    wanted: bool
-    tokens: Tensor | None = None
-    padding: Tensor | None = None
-    most: int = 0
-
-    def note(self, seen: int, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Note the `tokens` ``[B, S]`` and the mask of a forward pass over a cache of `seen` tokens."""
-        if seen == 0:
-            self.forget()
-        if seen <= self.most and isinstance(mask, Tensor) and mask.dim() == 2:
-            self.padding = (mask.cumsum(-1) == 0).sum(-1)
-            self.most = int(self.padding.amax())
-        if self.wanted and tokens is not None and (seen == 0 or self.tokens is not None):
-            tokens = tokens.to(torch.int32)
-            self.tokens = tokens if self.tokens is None else torch.cat([self.tokens[:, :seen], tokens], 1)
-
-    def forget(self) -> None:
-        """Forget everything."""
-        self.tokens, self.padding, self.most = None, None, 0
-
-    def context(self, device: torch.device, queries: Tensor | None = None) -> Context:
-        """What pages on `device` are told when they are born."""
-        tokens, padding = (None if x is None else x.to(device) for x in (self.tokens, self.padding))
-        return Context(tokens, padding, queries)
-
-    def select(self, rows: Tensor) -> None:
-        """Replace the batch by `rows` of it."""
-        self.tokens, self.padding = (
-            None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.tokens, self.padding)
-        )
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Every tensor held."""
-        return [("tokens", tensor) for tensor in (self.tokens, self.padding) if tensor is not None]
 
 
 def unscaled(device: torch.device) -> AbstractContextManager[object]:
@@ -448,69 +394,3 @@ def make_plan(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None
     text = TextFacts(line_ends(tokenizer) if tokenizer is not None and "lines" in config.anchors else ())
     plan = build(config, known.head_dim, known.dtype, known.device, text)
     return meet(plan, config.budget, Shape(len(known.reaches), known.heads, known.head_dim, known.dtype, known.device))
-
-
-def patch_model_with_argus(
-    model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None
-) -> Any:
-    """Make plain ``model.generate(...)`` and ``model(...)`` use an ARGUS cache.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    tiers : str, CacheConfig, sequence of str or None
-        As for :class:`ArgusCache`.
-    tokenizer : PreTrainedTokenizer or None
-        As for :class:`ArgusCache`.
-
-    Returns
-    -------
-    PreTrainedModel
-        The same model. :func:`unpatch` restores it.
-
-    Raises
-    ------
-    ConfigError, ModelError
-        Also, when it runs, if it is given a cache of another kind.
-    """
-    plan = make_plan(model, tiers, tokenizer)
-    unpatch(model)
-    replaced, generate = vars(model).get("generate"), model.generate
-    model._argus_patch = (model.register_forward_pre_hook(partial(_use_argus, plan), with_kwargs=True), replaced)
-    model.generate = wraps(generate)(partial(_generate, model, generate, plan))
-    activate(model)
-    return model
-
-
-def _generate(model: Any, generate: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
-    """A model's ``generate``, with an ARGUS cache unless it is given one, or none is wanted."""
-    if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-        kwargs["past_key_values"] = ArgusCache(model, plan=plan)
-    return generate(*args, **kwargs)
-
-
-def _use_argus(
-    plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a forward pass an ARGUS cache where transformers would make one."""
-    cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
-    if cache is None and (model.config.use_cache if used is None else used) and not model.training:
-        kwargs["past_key_values"] = ArgusCache(model, plan=plan)
-    elif cache is not None and not isinstance(cache, ArgusCache):
-        raise ModelError(
-            f"this model is patched with ARGUS but was given a {type(cache).__name__}; allowed: an ArgusCache, no cache, "
-            "or argus.unpatch(model) first"
-        )
-    return args, kwargs
-
-
-def unpatch(model: Any) -> Any:
-    """Restore a model that :func:`patch_model_with_argus` patched, or that an :class:`ArgusCache` switched."""
-    if hasattr(model, "_argus_patch"):
-        hook, replaced = model._argus_patch
-        hook.remove()
-        del model._argus_patch, model.generate
-        if replaced is not None:
-            model.generate = replaced
-    deactivate(model)
-    return model

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from argus.adapters.huggingface import ArgusCache
+from argus.blocks import EXACT, payload_of
 from argus.caches import Half
-from argus.engine import EXACT, LayerCache, payload_of
+from argus.engine import LayerCache
 from argus.hookspecs import hookimpl
 from argus.ledger import measure
 from argus.pages import to_pages

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from argus import ArgusCache, patch_model_with_argus, unpatch
 from argus.adapters.graphs import alone
-from argus.adapters.huggingface import Transcript
+from argus.adapters.transcript import Transcript
 from argus.errors import ArgusError, RangeError
 from tests.models import SMALL, tiny
 

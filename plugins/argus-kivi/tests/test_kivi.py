@@ -9,7 +9,8 @@ import torch
 
 from argus.build import build, stage_bits
 from argus.config import RunConfig, compose, load_cache_config, validate
-from argus.engine import LayerCache, payload_of
+from argus.blocks import payload_of
+from argus.engine import LayerCache
 from argus.runner import choose
 
 LADDERS = {"kivi2": 2, "kivi4": 4}
