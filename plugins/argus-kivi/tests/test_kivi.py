@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from argus.blocks import payload_of
 from argus.build import build, stage_bits
 from argus.config import RunConfig, compose, load_cache_config, validate
-from argus.blocks import payload_of
 from argus.engine import LayerCache
 from argus.runner import choose
 
