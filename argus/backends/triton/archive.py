@@ -14,7 +14,7 @@ from argus.backends.triton.codec import _grid, _whole, kind_of
 from argus.backends.triton.forms import ELEMENTS
 from argus.backends.triton.fragments import Weights
 from argus.backends.triton.planar import put_planar
-from argus.backends.triton.rounding import RANGE, SYMMETRIC, _affine, _coded, _over, _round_up
+from argus.backends.triton.rounding import RANGE, SYMMETRIC, _affine, _coded, _over_constant, _round_up
 
 SLICE = 32
 """Channels that are projected at once, at most: what one warp holds of a page in registers."""
@@ -57,7 +57,7 @@ def _steps(low, high, KIND: tl.constexpr, TOP: tl.constexpr):
     """Scale and zero of groups that reach from low to high."""
     if KIND == SYMMETRIC:
         largest = tl.maximum(-low, high)
-        scale = _round_up(_over(largest, largest * 0.0 + (TOP >> 1)))
+        scale = _round_up(_over_constant(largest, TOP >> 1))
         zero = scale
     else:
         scale, zero = _affine(low, high, TOP)

@@ -20,6 +20,7 @@ from argus.backends.triton.rounding import (
     _code,
     _coded,
     _over,
+    _over_constant,
     _round_even,
     _round_up,
 )
@@ -148,7 +149,7 @@ def _page_kernel(
     if KIND == SYMMETRIC:
         HALF: tl.constexpr = TOP >> 1
         largest = tl.max(tl.abs(parts), AXIS)
-        scale = _round_up(_over(largest, largest * 0.0 + HALF))
+        scale = _round_up(_over_constant(largest, HALF))
         zero = scale
         code = _coded(parts, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), KIND, TOP)
     elif KIND == CENTRED:
@@ -191,7 +192,7 @@ def _group_kernel(
     else:
         LIMIT: tl.constexpr = (TOP >> 1) if KIND == 1 else FP8_MAX
         largest = tl.max(tl.abs(x), 1)
-        scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
+        scale = _round_up(_over_constant(largest, LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
         y = _over(x, step[:, None])

@@ -10,7 +10,7 @@ from torch import Tensor
 from argus.backends.base import Float8, Payload
 from argus.backends.triton import tuning
 from argus.backends.triton.codec import _grid, _whole
-from argus.backends.triton.rounding import FP8_MAX, INTERPRETED, _over, _round_up
+from argus.backends.triton.rounding import FP8_MAX, INTERPRETED, _over, _over_constant, _round_up
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _float8_kernel(
         B: tl.constexpr = D
         parts = tl.reshape(x, (A, G, D))
     largest = tl.max(tl.abs(parts), AXIS)
-    scale = _round_up(_over(largest, largest * 0.0 + FP8_MAX))
+    scale = _round_up(_over_constant(largest, FP8_MAX))
     tl.store(scale_ptr + page * A * B + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :], scale)
     step = tl.expand_dims(scale, AXIS).to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from argus.backends.triton.lanes import _bytes, _load4, _mma16, _xor
-from argus.backends.triton.rounding import _affine
+from argus.backends.triton.rounding import _affine, _reciprocal
 from argus.backends.triton.words import _put16, _traded
 
 NEAR = tl.constexpr(128.0)
@@ -178,20 +178,20 @@ def _larger_word(a, b, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _greatest(x, N: tl.constexpr, SIGNED: tl.constexpr):
-    """The largest of N numbers of a lane, as words; N is even."""
-    z = x[0].to(tl.int32, bitcast=True)
-    for i in tl.static_range((N - 1) // 2):
-        z = _largest(z, x[2 * i + 1].to(tl.int32, bitcast=True), x[2 * i + 2].to(tl.int32, bitcast=True), SIGNED)
-    return _larger_word(z, x[N - 1].to(tl.int32, bitcast=True), SIGNED)
+def _joined(z, a, b, FIRST: tl.constexpr):
+    """The largest as integers with and without a sign, a pair, of those so far and two numbers; FIRST: of these two."""
+    x, y = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    if FIRST:
+        most = (_larger_word(x, y, True), _larger_word(x, y, False))
+    else:
+        most = (_largest(z[0], x, y, True), _largest(z[1], x, y, False))
+    return most
 
 
 @triton.jit
-def _greatest_of_row(upper, lower, N: tl.constexpr, SIGNED: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
+def _greatest_of_row(first, second, SIGNED: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
     """The largest of a lane's own row, as words."""
-    first = _greatest(upper, N, SIGNED)
     if ROWS == 2:
-        second = _greatest(lower, N, SIGNED)
         z = _larger_word(_own(first, second, 2), _traded(_own(second, first, 2), 1), SIGNED)
     else:
         z = _larger_word(first, _traded(first, 1), SIGNED)
@@ -208,8 +208,14 @@ def _extremes(upper, lower, N: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.const
     As integers, floats that are not negative are in order, and negative ones are too, downwards, and above them if integers
     have no sign. So where there are both, the largest with and without a sign tell.
     """
-    high = _greatest_of_row(upper, lower, N, True, ROWS, SHORT)
-    low = _greatest_of_row(upper, lower, N, False, ROWS, SHORT)
+    first = (0, 0)
+    second = (0, 0)
+    for i in tl.static_range(N // 2):
+        first = _joined(first, upper[2 * i], upper[2 * i + 1], i == 0)
+        if ROWS == 2:
+            second = _joined(second, lower[2 * i], lower[2 * i + 1], i == 0)
+    high = _greatest_of_row(first[0], second[0], True, ROWS, SHORT)
+    low = _greatest_of_row(first[1], second[1], False, ROWS, SHORT)
     one_sign = (high < 0) | (low >= 0)
     low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
     if tl.max(one_sign.to(tl.int32), 0) > 0:
@@ -246,7 +252,7 @@ def _affine_rows(low, high, offset, scale_at, zero_at, held, UNIT: tl.constexpr,
     _put16(scale_at, scale.to(tl.int16, bitcast=True).to(tl.int32), held)
     _put16(zero_at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
     step = scale.to(tl.float32)
-    inverse = 1.0 / tl.where(step == 0.0, 1.0, step)
+    inverse = _reciprocal(tl.where(step == 0.0, 1.0, step))
     least = (offset * UNIT - zero.to(tl.float32)) * inverse + NEAR
     return _of_both(inverse * UNIT, ROWS), _of_both(least, ROWS)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from argus.backends.triton.codes import _load_block, _quarters, _word
 from argus.backends.triton.lanes import _from_e4m3, _half, _halves, _load1, _load2, _load4, _load16
-from argus.backends.triton.rounding import FLOATING, FP8_MAX, RANGE, _affine, _over, _round_up
+from argus.backends.triton.rounding import FLOATING, FP8_MAX, RANGE, _affine, _over_constant, _reciprocal, _round_up
 from argus.backends.triton.words import (
     _across,
     _byte,
@@ -165,10 +165,10 @@ def _encoded(
         for i in tl.static_range(4 * N):
             sizes = sizes + (tl.abs(x[i]),)
         largest = _across(_inside(sizes, N, 1), first, second, L1, L2, L3, 1)
-        scale = _round_up(_over(largest, largest * 0.0 + LIMIT))
+        scale = _round_up(_over_constant(largest, LIMIT))
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        inverse = 1.0 / step
+        inverse = _reciprocal(step)
         s = _as_floats(_spread(step.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         y = _as_floats(_spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         for m in tl.static_range(N):
@@ -183,7 +183,7 @@ def _encoded(
         _put16(zero_ptr + at, zero.to(tl.int16, bitcast=True).to(tl.int32), held)
         step = scale.to(tl.float32)
         step = tl.where(step == 0.0, 1.0, step)
-        inverse = 1.0 / step
+        inverse = _reciprocal(step)
         pairs = _spread(_two(step.to(tl.float16), zero), lane, L1, L2, L3)
         y = _as_floats(_spread(inverse.to(tl.int32, bitcast=True), lane, L1, L2, L3))
         a, b, c, d = _halves(pairs[0]), _halves(pairs[1]), _halves(pairs[2]), _halves(pairs[3])

@@ -16,10 +16,24 @@ DIVIDES = tl.constexpr(INTERPRETED)
 @triton.jit
 def _round_up(x):
     """The smallest float16 not below x."""
-    half = x.to(tl.float16)
-    bits = half.to(tl.int16, bitcast=True)
-    step = tl.where(bits < 0, -1, 1).to(tl.int16)
-    return tl.where(half.to(tl.float32) < x, bits + step, bits).to(tl.int16).to(tl.float16, bitcast=True)
+    if DIVIDES:
+        half = x.to(tl.float16)
+        bits = half.to(tl.int16, bitcast=True)
+        step = tl.where(bits < 0, -1, 1).to(tl.int16)
+        up = tl.where(half.to(tl.float32) < x, bits + step, bits).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        up = tl.inline_asm_elementwise("cvt.rp.f16.f32 $0, $1;", "=h,f", [x], tl.float16, True, 1)
+    return up
+
+
+@triton.jit
+def _reciprocal(x):
+    """``1 / x`` but for its last bit, of an FP16 number: others may be too small or too large for the instruction."""
+    if DIVIDES:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
 
 
 @triton.jit
@@ -35,25 +49,39 @@ def _rounded_even(x):
 
 @triton.jit
 def _over(x, step):
-    """x over step, a number of at most FP16's bits, as a division rounds it.
+    """x over step, an FP16 number in float32, as a division rounds it.
 
     See :func:`argus.backends.triton.words._rounded` for why one correction is enough.
     """
     if DIVIDES:
         q = tl.div_rn(x, x * 0.0 + step)
     else:
-        inverse = 1.0 / step
-        q = x * inverse
-        # Signs so that a zero keeps its own; Triton's minus is 0 - x, which does not.
-        q = tl.fma(tl.fma(step, q, x * -1.0) * -1.0, inverse, q)
+        q = _corrected(x, step, _reciprocal(step))
     return q
+
+
+@triton.jit
+def _over_constant(x, PARTS: tl.constexpr):
+    """:func:`_over` of a constant."""
+    if DIVIDES:
+        q = tl.div_rn(x, x * 0.0 + PARTS)
+    else:
+        q = _corrected(x, PARTS * 1.0, 1.0 / PARTS)
+    return q
+
+
+@triton.jit
+def _corrected(x, step, inverse):
+    q = x * inverse
+    # Signs so that a zero keeps its own; Triton's minus is 0 - x, which does not.
+    return tl.fma(tl.fma(step, q, x * -1.0) * -1.0, inverse, q)
 
 
 @triton.jit
 def _affine(low, high, TOP: tl.constexpr):
     """Scale and zero, float16, of groups that reach from low to high."""
     zero = -_round_up(-low)
-    return _round_up(_over(high - zero.to(tl.float32), low * 0.0 + TOP)), zero
+    return _round_up(_over_constant(high - zero.to(tl.float32), TOP)), zero
 
 
 @triton.jit
