@@ -83,9 +83,10 @@ def _token_kernel(
     zero = tl.zeros((32,), tl.float32)
     zero4 = (zero, zero, zero, zero)
     words = _load_block(from_ptr.to(tl.int64) + unit * (8 * D * FROM_BITS), lane, FROM_BITS, D)
+    tokens = t.to(tl.int64) * 32
     beside = _beside(words, D * FROM_BITS // 16)
     signs = _operands(weights_ptr.to(tl.int64) + lane * 16)
-    scales = _pairs_of_tokens(from_scale.to(tl.int64) + (unit * 64 + t * 16) * 2)
+    scales = _pairs_of_tokens(from_scale.to(tl.int64) + unit * 128 + tokens)
     counts = _for_totals(scales, g)
     # Numbers have their own signs, or those of their rows' ones.
     a = ()
@@ -96,7 +97,7 @@ def _token_kernel(
         shifts = scales
         FACTOR: tl.constexpr = -128.0
     else:
-        shifts = _pairs_of_tokens(from_zero.to(tl.int64) + (unit * 64 + t * 16) * 2)
+        shifts = _pairs_of_tokens(from_zero.to(tl.int64) + unit * 128 + tokens)
         FACTOR: tl.constexpr = 1.0
     shift = _products(signs, shifts, zero4)
     ones = ()
@@ -122,7 +123,7 @@ def _token_kernel(
             total *= _one(p, FROM_BITS, D)
         totals = totals + (total,)
     # Lanes keep the totals of every other two times 8 channels, of one of them each: of column g.
-    own_mean = mean_ptr.to(tl.int64) + (unit * D + t * 8 + g) * 2
+    own_mean = mean_ptr.to(tl.int64) + unit * (D * 2) + (t * 8 + g).to(tl.int64) * 2
     for m in tl.static_range(D // 32):
         total = tl.where(t < 2, totals[2 * m], totals[2 * m + 1])
         mean = total * (TINY / 64) + shift_total * (1.0 / 64)
@@ -132,19 +133,19 @@ def _token_kernel(
     low, high = _extremes(upper, lower, D // 4 // PER, ROWS, SHORT)
     first_row = g % (4 if SHORT else 8)
     own = _own(first_row, first_row + 8, ROWS)
-    at_row = (unit * R + own) * 2
+    at_row = own.to(tl.int64) * 2
     inverse, least = _affine_rows(
-        low, high, _own(shift[0], shift[2], ROWS) * (FACTOR / TINY), scale_ptr.to(tl.int64) + at_row,
-        zero_ptr.to(tl.int64) + at_row, (t < ROWS) & (own < R), TINY / 64, BITS, ROWS,
+        low, high, _own(shift[0], shift[2], ROWS) * (FACTOR / TINY), scale_ptr.to(tl.int64) + unit * (R * 2) + at_row,
+        zero_ptr.to(tl.int64) + unit * (R * 2) + at_row, (t < ROWS) & (own < R), TINY / 64, BITS, ROWS,
     )  # fmt: skip
+    # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
+    place = first_row * (D // 8) + t // 2 + odd * (2 * PER)
+    if SHORT:
+        place += g // 4 * 2
+    to = codes_ptr.to(tl.int64) + unit * (R * D // 2) + place.to(tl.int64) * 4
     for r in tl.static_range(ROWS):
-        row = first_row + 8 * r
-        held = row < R
+        held = first_row + 8 * r < R
         numbers = lower if r else upper
         codes = _quantized(numbers[: D // 8 // PER], numbers[D // 8 // PER :], inverse[r], least[r], D // 8 // PER)
-        # Bytes of two columns a lane: those of one of two tiles go to each of two lanes, whose neighbours they are.
-        to = codes_ptr.to(tl.int64) + (unit * R + row) * (D // 2) + t // 2 * 4 + odd * (8 * PER)
-        if SHORT:
-            to += g // 4 * 8
         for i in tl.static_range(D // 32 // PER):
-            _put_some1(to + 16 * PER * i, _bytes(codes[i], _traded(codes[i], 1), join), held)
+            _put_some1(to + 4 * D * r + 16 * PER * i, _bytes(codes[i], _traded(codes[i], 1), join), held)
