@@ -68,6 +68,7 @@ def build(
     return Plan(
         page_size=ladder.page_size,
         window=ladder.window,
+        leaving=1 + ladder.slack // ladder.page_size,
         dtype=exact,
         block_pages=ladder.block_pages,
         stages=stages,

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from argus.errors import ConfigError
 from argus.plugins import config_paths
@@ -47,6 +47,8 @@ class StageConfig(OpenOptions):
 class LadderConfig(Strict):
     """Pages, window and ladder. Sizes are in tokens.
 
+    Pages leave the window when it holds a page and ``slack`` more tokens than ``window``, as many as it has then. Each time costs
+    Python's time, whatever leaves, so on a GPU slack makes decoding faster; its tokens take 16 bits.
     ``encode``: a page is encoded from what its present stage keeps, on leaving the window straight for its stage (``once``),
     or through every stage on its way (``cascade``, for comparison). ``anchors``: whether the tokens that anchor policies choose
     stay ``exact`` or are kept in 8 bits with a scale a token (``int8``).
@@ -54,6 +56,7 @@ class LadderConfig(Strict):
 
     page_size: PositiveInt = 64
     window: PositiveInt = 64
+    slack: NonNegativeInt = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     block_pages: PositiveInt = 32
     allow_growth: bool = False
@@ -69,6 +72,8 @@ class LadderConfig(Strict):
         for name in self.order:
             if name not in self.stages:
                 raise ValueError(f"order names '{name}', which is no stage; allowed: {', '.join(self.stages)}")
+        if self.slack % self.page_size:
+            raise ValueError(f"slack {self.slack} is no number of whole pages; allowed: multiples of {self.page_size} tokens")
         if len(set(self.order)) < len(self.order):
             raise ValueError(f"order names a stage twice: {', '.join(self.order)}")
         for name in self.order:

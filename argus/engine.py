@@ -110,7 +110,8 @@ class LayerCache:
     @property
     def due(self) -> int:
         """Pages that the next :meth:`age` lets leave the window."""
-        return max(0, len(self.window) - self.plan.window) // self.plan.page_size
+        pages = max(0, len(self.window) - self.plan.window) // self.plan.page_size
+        return pages if pages >= self.plan.leaving else 0
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Take the next tokens, ``[B, H, S, D]``, exact.
@@ -173,7 +174,7 @@ class LayerCache:
     @property
     def room(self) -> int:
         """Tokens that the window's buffer takes until pages move, the one after which they do included."""
-        return min(self.window.room, self.plan.window + self.plan.page_size - len(self.window))
+        return min(self.window.room, self.plan.most - len(self.window))
 
     @property
     def recordable(self) -> bool:
@@ -184,7 +185,7 @@ class LayerCache:
 
     def reserve(self) -> None:
         """Have room in the window for all tokens until pages move."""
-        self.window.reserve(self.plan.window + self.plan.page_size)
+        self.window.reserve(self.plan.most)
 
     def held(self) -> tuple[object, ...]:
         """What a recorded step reads: the same objects as long as it may be replayed."""

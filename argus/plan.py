@@ -49,6 +49,8 @@ class Plan:
         How a byte budget was met, where there is one.
     graphs : bool
         Whether decode steps may be recorded as CUDA graphs.
+    leaving : int
+        Pages that leave the window at once, at least.
     """
 
     page_size: int
@@ -64,6 +66,12 @@ class Plan:
     eight: bool = False
     match: Match | None = None
     graphs: bool = True
+    leaving: int = 1
+
+    @property
+    def most(self) -> int:
+        """Tokens that the window holds when pages leave it, if they come one by one."""
+        return self.window + self.leaving * self.page_size
 
     @property
     def needs_queries(self) -> bool:

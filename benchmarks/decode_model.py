@@ -4,8 +4,8 @@ A Llama of a few layers of Llama-3-8B's shape with random weights; its cache is 
 decodes one token at a time, as ``model.generate`` does. ARGUS records its steps as CUDA graphs; FP16 is taken launched from
 Python, with the attention kernel that PyTorch chooses and with Flash, and recorded too, over transformers' static cache, which
 masks the room that it has left. With `--padding` so many tokens of the first row are padding, as in a batch of prompts of two
-lengths; FP16 is then taken with what PyTorch chooses. Run from the repository root:
-``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4] [--padding 1000]``.
+lengths; FP16 is then taken with what PyTorch chooses. A ladder may come with overrides, as ``default,tiers.slack=192``. Run from the
+repository root: ``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4] [--padding 1000]``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ WORDS = 1024
 FIRST, ALIKE = 4, 5e-3
 """Steps that are compared before they are timed, and how far their logits may be apart, in 16 bits."""
 WARM = 64
-"""Steps before those that count: as many as pages have tokens, so kernels of a turn are compiled."""
+"""Steps of FP16 before those that count. Of ARGUS, as many as there are between turns, so kernels of a turn are compiled."""
+TURNS = 2
+"""Turns of pages, at least, among the steps that count."""
 
 
 def model_of(layers: int, device: str) -> LlamaForCausalLM:
@@ -64,7 +66,8 @@ def tokens(batch: int, context: int, layers: int, device: str) -> Iterator[tuple
 
 def compressed(model: Any, ladder: str, batch: int, context: int, backend: str, *options: str) -> ArgusCache:
     """A filled cache of a ladder, with the anchors and outliers that its config names."""
-    cache = ArgusCache(model, [f"tiers={ladder}", f"backend={backend}", *options])
+    name, *more = ladder.split(",")
+    cache = ArgusCache(model, [f"tiers={name}", f"backend={backend}", *more, *options])
     for layer, keys, values in tokens(batch, context, len(cache.layers), str(model.device)):
         cache.layers[layer].engine.write(keys, values)
         cache.layers[layer].is_initialized = True
@@ -98,17 +101,17 @@ class Steps(NamedTuple):
     median: float
 
 
-def milliseconds(call: Callable[[int], object], device: str, steps: int) -> Steps:
-    """Times of so many steps after the first :data:`WARM`, the GPU waited for after each."""
+def milliseconds(call: Callable[[int], object], device: str, steps: int, warm: int = WARM) -> Steps:
+    """Times of so many steps after the first, the GPU waited for after each."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
-    for number in range(WARM + steps):
+    for number in range(warm + steps):
         wait()
         start = time.perf_counter()
         call(number)
         wait()
         times.append(1e3 * (time.perf_counter() - start))
-    kept = times[WARM:]
+    kept = times[warm:]
     return Steps(statistics.fmean(kept), statistics.median(kept))
 
 
@@ -166,13 +169,16 @@ def row(
     different = apart(model, (cache, launched), ids, context, padding)
     if not different <= ALIKE:
         raise SystemExit(f"{ladder} {batch} x {context}: recorded steps differ by {different:.2e} > {ALIKE:g}; no time is told")
+    turn = cache.plan.leaving * cache.plan.page_size
+    steps = -(-max(steps, TURNS * turn) // turn) * turn
     taken, taken_launched = (
-        milliseconds(partial(next_step, model, one, ids, context + FIRST, padding), device, steps) for one in (cache, launched)
+        milliseconds(partial(next_step, model, one, ids, context + FIRST, padding), device, steps, turn) for one in (cache, launched)
     )
     return {
         "ladder": ladder,
         "batch": batch,
         "context": context,
+        "steps": steps,
         "error": wrong,
         "recorded_differs": different,
         "ms": [round(time, 3) for time in taken],

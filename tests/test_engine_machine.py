@@ -62,6 +62,9 @@ LOSSY = {
             block_pages=3,
         )
     ),
+    "two pages at once": make_plan(
+        config(("int8", "int4"), {"int8": 16}, slack=8, anchors={"lines": {"tokens": 2}}, dtype="float16", block_pages=3)
+    ),
     "uniform, blocks of one page": make_plan(
         config(("int4", "int2"), aging="uniform", anchors={"novelty": {"share": 0.2, "scope": "page"}}, block_pages=1)
     ),
@@ -69,6 +72,7 @@ LOSSY = {
 EXACT_PLANS = {
     "one stage": make_plan(config(("fp16",), block_pages=3)),
     "window below a page": make_plan(config(("fp16",), window=3, page_size=5, block_pages=1)),
+    "three pages at once": make_plan(config(("fp16",), slack=16, block_pages=2)),
     "two stages": make_plan(
         config(("fp16", "jl"), {"fp16": 16}, options={"jl": {"ratio": 1}}, anchors={"sinks": {"tokens": 5}})
     ),
@@ -117,7 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def age(self) -> None:
         where = list(self.layer.where)
-        leaves = len(self.layer.window) >= self.plan.window + self.plan.page_size
+        leaves = len(self.layer.window) >= self.plan.most
         before = self.readings() if leaves else []
         self.layer.age(Context(self.ids, self.padding))
         assert (len(self.layer.where) > len(where)) == leaves

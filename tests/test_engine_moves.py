@@ -281,3 +281,16 @@ def test_a_move_that_fails_leaves_what_was_held(monkeypatch: pytest.MonkeyPatch,
     for got, want in zip(contents(layer), contents(sound), strict=True):
         torch.testing.assert_close(got, want)
     assert layer.exact.positions.tolist() == sound.exact.positions.tolist()
+
+
+def test_with_slack_pages_leave_together():
+    """As many as fit between the window and what it holds; until then all are exact."""
+    layer = make_layer(("int4",), window=8, page_size=8, slack=16)
+    grow(layer, *tokens(1, 31))
+    assert (layer.where, len(layer.window), layer.room) == ([], 31, 1)
+    grow(layer, *tokens(2, 1))
+    assert (len(layer.where), len(layer.window)) == (3, 8)
+    grow(layer, *tokens(3, 45), chunk=45)
+    assert (len(layer.where), len(layer.window)) == (8, 13)
+    layer.reserve()
+    assert layer.room == layer.plan.most - 13 == 19

@@ -32,6 +32,7 @@ LADDERS = {
         "tiers.stages.int8.capacity=32", "tiers.stages.int4.capacity=32",
     ],
     "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
+    "slack": ["tiers=int4", "tiers.page_size=16", "tiers.window=8", "tiers.slack=32"],
     "outliers": ["tiers=int2", "tiers.page_size=64", "tiers.window=16", "outliers=topk"],
     "salience": [
         "tiers=default", "tiers.page_size=16", "tiers.window=8", "tiers.order=[int8,int4]", "tiers.stages.int8.capacity=32",
