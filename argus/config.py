@@ -47,8 +47,8 @@ class StageConfig(OpenOptions):
 class LadderConfig(Strict):
     """Pages, window and ladder. Sizes are in tokens.
 
-    Pages leave the window when it holds a page and ``slack`` more tokens than ``window``, as many as it has then. Each time costs
-    Python's time, whatever leaves, so on a GPU slack makes decoding faster; its tokens take 16 bits.
+    Pages leave the window when it holds a page and ``slack`` more tokens than ``window``, as many as it has then. Each time
+    costs Python's time, whatever leaves, so on a GPU slack makes decoding faster; its tokens take 16 bits.
     ``encode``: a page is encoded from what its present stage keeps, on leaving the window straight for its stage (``once``),
     or through every stage on its way (``cascade``, for comparison). ``anchors``: whether the tokens that anchor policies choose
     stay ``exact`` or are kept in 8 bits with a scale a token (``int8``).

@@ -4,8 +4,8 @@ A Llama of a few layers of Llama-3-8B's shape with random weights; its cache is 
 decodes one token at a time, as ``model.generate`` does. ARGUS records its steps as CUDA graphs; FP16 is taken launched from
 Python, with the attention kernel that PyTorch chooses and with Flash, and recorded too, over transformers' static cache, which
 masks the room that it has left. With `--padding` so many tokens of the first row are padding, as in a batch of prompts of two
-lengths; FP16 is then taken with what PyTorch chooses. A ladder may come with overrides, as ``default,tiers.slack=192``. Run from the
-repository root: ``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4] [--padding 1000]``.
+lengths; FP16 is then taken with what PyTorch chooses. A ladder may come with overrides, as ``default,tiers.slack=192``. Run
+from the repository root: ``python -m benchmarks.decode_model [--shapes 1x32768 8x32768] [--ladders int4] [--padding 1000]``.
 """
 
 from __future__ import annotations
@@ -171,9 +171,8 @@ def row(
         raise SystemExit(f"{ladder} {batch} x {context}: recorded steps differ by {different:.2e} > {ALIKE:g}; no time is told")
     turn = cache.plan.leaving * cache.plan.page_size
     steps = -(-max(steps, TURNS * turn) // turn) * turn
-    taken, taken_launched = (
-        milliseconds(partial(next_step, model, one, ids, context + FIRST, padding), device, steps, turn) for one in (cache, launched)
-    )
+    calls = [partial(next_step, model, one, ids, context + FIRST, padding) for one in (cache, launched)]
+    taken, taken_launched = (milliseconds(call, device, steps, turn) for call in calls)
     return {
         "ladder": ladder,
         "batch": batch,
