@@ -21,6 +21,8 @@ from argus.errors import ArgusError
 
 FAILED = 2
 """Exit code of a run that ends in one clear line."""
+STOPPED = 130
+"""Exit code of a run that Ctrl-C ends."""
 ERROR = "error.log"
 """The traceback of a run of a sweep that ends in an exception that ARGUS does not raise on purpose."""
 
@@ -55,7 +57,7 @@ def job(composed: DictConfig) -> None:
 
 
 class one_line:  # noqa: N801
-    """Print one line on stderr where ARGUS raises on purpose, and end the program there.
+    """Print one line on stderr where ARGUS raises on purpose, or a file cannot be read or written, and end the program there.
 
     In a run of a sweep, which has a `folder`, the program goes on, after any other exception too: its traceback goes to
     ``error.log`` in the folder.
@@ -69,8 +71,10 @@ class one_line:  # noqa: N801
             (self.folder / ERROR).unlink(missing_ok=True)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, ArgusError):
-            print(f"argus: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        unusable = isinstance(error, OSError) and error.filename is not None and self.folder is None
+        if isinstance(error, ArgusError) or unusable:
+            said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            print(f"argus: {' '.join(said.split())}", file=sys.stderr, flush=True)
             if self.folder is None:
                 raise SystemExit(FAILED) from error
             return True
@@ -85,6 +89,15 @@ class one_line:  # noqa: N801
 
 def main() -> None:
     """The command line."""
+    try:
+        run()
+    except KeyboardInterrupt as error:
+        print("argus: stopped; of a sweep, runs that ended are kept", file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED) from error
+
+
+def run() -> None:
+    """What was asked for."""
     from argus.commandline import Command, check, sweep_folder, sweeps
 
     command = Command.of(sys.argv[1:])

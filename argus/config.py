@@ -80,6 +80,9 @@ class LadderConfig(Strict):
             capacity = self.stages[name].capacity
             if capacity is not None and capacity < self.page_size:
                 raise ValueError(f"stages.{name}.capacity {capacity} is below a page; allowed: {self.page_size} tokens or more")
+            if capacity is not None and capacity % self.page_size:
+                allowed = f"allowed: multiples of {self.page_size} tokens"
+                raise ValueError(f"stages.{name}.capacity {capacity} is no number of whole pages; {allowed}")
         return self
 
 

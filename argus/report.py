@@ -113,6 +113,11 @@ def number(value: Any, form: str | Callable[[Any], str]) -> str:
 MEMORY = (("bytes", "cache_bytes", size), ("bits", "bits_per_value", ".2f"), ("x less", "compression", ".2f"))
 PROSE = (("dNLL", "dnll", "+.4f"), ("KL", "kl", ".4f"))
 SPEED = (("prefill/s", "prefill_tokens_per_s", ".0f"), ("decode/s", "decode_tokens_per_s", ".1f"))
+APART = {
+    *("context", "samples", "depth", "accuracy", "decoded", "decoded_samples", "decoded_dnll", "decoded_kl"),
+    *("loops", "slowest_step_over_median"),
+}
+"""Numbers of rows that are drawn as something else, or not at all."""
 STAGE_HEADS = ("stage", "tokens", "bytes", "bits", "x less", "pages", "cos keys", "cos values")
 
 
@@ -141,12 +146,24 @@ def merge(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Row]]:
     return dict(sorted(lines.items(), key=lambda line: (line[0][1], order.index(line[0][0]), line[0][2])))
 
 
+def own_figures(rows: Sequence[Row]) -> list[str]:
+    """Names of numbers that only the tasks measuring them know, in the order in which rows tell them."""
+    known = APART | {key for _, key, _ in (*MEMORY, *PROSE, *SPEED)}
+    told = {key: value for row in rows if "stage" not in row for key, value in row.items() if key not in known}
+    return [key for key, value in told.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
+def head(name: str) -> str:
+    """A figure's name as a table has it."""
+    return name.replace("_", "-" if name.startswith("distinct_") else " ")
+
+
 def cache_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Heads, then one line a cache and context: memory, accuracy, prose, repetition, speed. What no row has is left out."""
+    """Heads, then one line a cache and context: memory, accuracy, prose, tasks' own figures, speed; what no row has is not."""
     lines = merge(rows)
     known = {key for line in lines.values() for row in line for key, value in row.items() if value is not None}
-    repeats = [(key.replace("_", "-"), key, ".3f") for key in sorted(known) if key.startswith("distinct_")]
-    after = [column for column in (*PROSE, *repeats, ("loops", "loops", ".0%"), *SPEED) if column[1] in known]
+    own = [(head(key), key, ".3f" if key.startswith("distinct_") else ".4g") for key in own_figures(rows)]
+    after = [column for column in (*PROSE, *own, ("loops", "loops", ".0%"), *SPEED) if column[1] in known]
     before = [column for column in MEMORY if column[1] in known]
     tests = list(dict.fromkeys(asked(row) for line in lines.values() for row in line if row.get("accuracy") is not None))
     drawn = [["cache", "tokens", *(head for head, _, _ in before), *tests, *(head for head, _, _ in after)]]

@@ -19,7 +19,7 @@ from rich.table import Table
 from argus.config import RunConfig
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, SCHEMA, number, plain, terminal
+from argus.report import NAME, SCHEMA, head, number, own_figures, plain, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
 COLUMNS = (
@@ -137,7 +137,7 @@ def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
         if row["cache"] == cache and "stage" not in row
     ]
     out: dict[str, float] = {}
-    for name in FIGURES:
+    for name in (*FIGURES, *own_figures(rows)):
         having = [row for row in rows if row.get(name) is not None]
         longest = max((row["context"] for row in having), default=0)
         chosen = [row for row in having if row["context"] == longest]
@@ -149,7 +149,7 @@ def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
 
 def spread(ones: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
     """Means of what all have, and their sample standard deviations where there are several."""
-    shared = [name for name in FIGURES if all(name in one for one in ones)]
+    shared = [name for name in ones[0] if all(name in one for one in ones)]
     means = {name: fmean(one[name] for one in ones) for name in shared}
     return means, {name: deviation([one[name] for one in ones]) for name in shared} if len(ones) > 1 else {}
 
@@ -188,8 +188,10 @@ def summarize(folder: Path) -> None:
         best = undominated([(bits, sign * value) for _, bits, value in points])
         if shown := [point for point in points if isfinite(point[1]) and isfinite(point[2])]:
             draw_pareto(shown, folder / "pareto.png", quality[1])
-    columns = [(head, key, form) for head, key, form in COLUMNS if any(key in line.means for line in found)]
-    heads = ["run", *(head for head, _, _ in columns), "seeds", "best"]
+    measured = dict.fromkeys(key for line in found for key in line.means)
+    columns = [column for column in COLUMNS if column[1] in measured]
+    columns += [(head(key), key, ".4g") for key in measured if key not in FIGURES]
+    heads = ["run", *(title for title, _, _ in columns), "seeds", "best"]
     cells = [
         [line.name, *(cell(line, key, form) for _, key, form in columns), str(line.seeds), "*" if mark else ""]
         for line, mark in zip(found, best, strict=True)
@@ -199,8 +201,8 @@ def summarize(folder: Path) -> None:
     (folder / "sweep.md").write_text(markdown(heads, cells), encoding="utf-8")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(heads[0], overflow="fold")
-    for head in heads[1:]:
-        table.add_column(head, justify="right", no_wrap=True)
+    for title in heads[1:]:
+        table.add_column(title, justify="right", no_wrap=True)
     for line in cells:
         table.add_row(*map(escape, line))
     console = terminal()
@@ -214,7 +216,9 @@ def summarize(folder: Path) -> None:
 def cell(line: Line, key: str, form: str) -> str:
     """A mean, with its spread over seeds for quality."""
     text = number(line.means.get(key), form)
-    return f"{text} ±{line.spreads[key]:.4f}" if key in ("dnll", "kl") and key in line.spreads else text
+    if key not in line.spreads or (key in FIGURES and key not in ("dnll", "kl")):
+        return text
+    return f"{text} ±{line.spreads[key]:{'.4f' if key in FIGURES else '.2g'}}"
 
 
 def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from argus.__main__ import main
+from argus.__main__ import main, one_line
 from argus.config import RunConfig
 from argus.models import publish
 from argus.tasks.steps import prose
@@ -287,6 +287,7 @@ def test_help_is_light(tmp_path):
         (["tiers=int5"], "'tiers/int5' is no config; allowed: "),
         (["tiers.order=[cold]"], "order names 'cold', which is no stage; allowed: fp16, "),
         (["tiers.stages.int4.capacity=3"], "capacity 3 is below a page; allowed: 64 tokens or more"),
+        (["tiers.stages.int4.capacity=100"], "capacity 100 is no number of whole pages; allowed: multiples of 64 tokens"),
         (["-m", "tiers=int4,int5"], "'tiers/int5' is no config; allowed: "),
         (["model=hf"], "model.id"),
         (["cache=[argus,kivi5]"], "'cache/kivi5' is no config; allowed: argus, "),
@@ -309,6 +310,27 @@ def test_a_mistake_ends_in_one_line(words, message, tmp_path, monkeypatch, capsy
     assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stops_a_run_is_one_line(tmp_path, monkeypatch, capsys):
+    """Ctrl-C, and a file that cannot be written."""
+    monkeypatch.setattr("sys.argv", ["argus", "tiers=int4"])
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with one_line():
+            (tmp_path / "missing" / "report.json").write_text("")
+
+    for job, code, said in ((stop, 130, "stopped; of a sweep"), (write, 2, "report.json: No such file or directory")):
+        monkeypatch.setattr("argus.__main__.job", job)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr().err
+        assert (ended.value.code, shown.count("\n")) == (code, 1)
+        assert shown.startswith("argus: ")
+        assert said in shown
 
 
 def test_a_ladder_in_a_folder_of_ones_own(model: Path, tmp_path: Path) -> None:

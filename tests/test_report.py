@@ -147,6 +147,25 @@ def test_repetition_has_columns():
     ]
 
 
+def test_figures_of_a_task_of_ones_own_are_shown(tmp_path, capsys):
+    """In the table of a run, and with their spread in that of a sweep."""
+    rows = [
+        {"task": "mine", "cache": cache, "context": 64, "samples": 2, "turns_taken": turns, "good": True, "notes": [1]} | MEMORY
+        for cache, turns in (("fp16", 12.0), ("argus", 12.3456))
+    ]
+    heads, *lines = shown(rows)
+    assert heads == ["cache", "tokens", "bytes", "bits", "x less", "turns taken"]
+    assert [line[-1] for line in lines] == ["12", "12.35"]
+    for seed, row in enumerate((rows[1], rows[1] | {"turns_taken": 12.5456})):
+        run = tmp_path / str(seed)
+        (run / ".hydra").mkdir(parents=True)
+        (run / ".hydra" / "overrides.yaml").write_text(f"- seed={seed}\n")
+        (run / "report.json").write_text(json.dumps({"config": {"reference": "fp16"}, "rows": [rows[0], row]}))
+    summarize(tmp_path)
+    assert "12.45 ±0.14" in capsys.readouterr().out
+    assert "| run | bits | x less | turns taken | seeds | best |" in (tmp_path / "sweep.md").read_text()
+
+
 def test_undominated():
     assert undominated([(4, 0.1), (8, 0.0), (4, 0.2), (9, 0.0), (2, 1.0)]) == [True, True, False, False, True]
     assert undominated([(4, 0.1), (4, 0.1)]) == [True, True]

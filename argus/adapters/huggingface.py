@@ -324,10 +324,18 @@ def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args:
     """A model's ``forward``, replayed where a step of an :class:`ArgusCache` was recorded.
 
     What a pass that fails has written is taken back.
+
+    Raises
+    ------
+    ModelError
+        If attention weights are asked for, which nothing computes.
     """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ArgusCache):
         return forward(*args, **kwargs)
+    weights = kwargs.get("output_attentions")
+    if getattr(model.config, "output_attentions", False) if weights is None else weights:
+        raise ModelError("with an ARGUS cache there are no attention weights to give; allowed: output_attentions=False")
     before = cache.get_seq_length()
     try:
         if cache.steps is not None and len(args) < 2:

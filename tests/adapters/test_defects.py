@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from argus import ArgusCache, patch_model_with_argus, unpatch
 from argus.adapters.graphs import alone
 from argus.adapters.transcript import Transcript
-from argus.errors import ArgusError, RangeError
+from argus.errors import ArgusError, ModelError, RangeError
 from tests.models import SMALL, tiny
 
 EXACT = ["tiers=exact", "tiers.page_size=4", "tiers.window=4", "tiers.dtype=float32"]
@@ -227,3 +227,13 @@ def test_hooks_that_transformers_left_do_not_count() -> None:
     assert alone(model, model.forward)
     model.model.layers[0].register_forward_hook(lambda *_: None)
     assert not alone(model, model.forward)
+
+
+@torch.no_grad()
+def test_attention_weights_are_refused_before_anything_is_written() -> None:
+    """Nothing computes them."""
+    model = tiny("llama")
+    cache = ArgusCache(model, EXACT)
+    with pytest.raises(ModelError, match="no attention weights to give; allowed: output_attentions=False"):
+        model(ids(20), past_key_values=cache, output_attentions=True)
+    assert cache.get_seq_length() == 0
