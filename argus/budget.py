@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from argus.config import Budget
-from argus.engine import Context, LayerCache
+from argus.engine import LayerCache
 from argus.errors import ConfigError
 from argus.ledger import Match, measure
+from argus.moves import Context
 from argus.plan import Plan
 from argus.policies.base import RECENT
 from argus.tiers.base import ROLES

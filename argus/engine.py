@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,29 +12,11 @@ from argus.backends.base import Dense, Segment
 from argus.blocks import EXACT, Blocks, payload_of
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens
-from argus.pages import Pool, Slab, Window, smooth, to_pages
+from argus.moves import Context, bear, recode, routes, weigh
+from argus.pages import Pool, Slab, Window, to_pages
 from argus.plan import Plan
-from argus.policies.base import NewPages, PageFacts, check_targets, salience
+from argus.policies.base import PageFacts, check_targets
 from argus.tiers.base import ROLES, Role, gate
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is known when pages are born.
-
-    Attributes
-    ----------
-    tokens : Tensor or None
-        ``[B, L]`` token ids from position 0.
-    padding : Tensor or None
-        ``[B]`` tokens of padding on the left.
-    queries : Tensor or None
-        As policies are told of them (:class:`argus.policies.base.NewPages`).
-    """
-
-    tokens: Tensor | None = None
-    padding: Tensor | None = None
-    queries: Tensor | None = None
 
 
 class LayerCache:
@@ -203,15 +183,17 @@ class LayerCache:
         RangeError
             If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
         """
-        if not self.due:
+        born, start = self.due, self.window.start
+        if not born:
             self.window.settle()
             return
         if not self.patient:
             self._forget()
-        known, born, first = known or Context(), self.due, self.forgotten
+        born -= (self.window.start - start) // self.plan.page_size
+        known, first = known or Context(), self.forgotten
         facts = [stage.facts for stage in self.plan.stages]
         stages = [*self.where[first:], *[None] * born]
-        weights = [*self.salience[first:], *self._salience(born, known)]
+        weights = [*self.salience[first:], *weigh(self.plan, self.window, born, known)]
         ages = range(len(stages) - 1, -1, -1)
         targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
         check_targets(stages, targets, len(facts), first)
@@ -252,26 +234,15 @@ class LayerCache:
             numbers.forget(gone)
         self.forgotten = gone
 
-    def _salience(self, born: int, known: Context) -> list[float]:
-        """Of pages that leave the window; 0 where the aging policy does not ask for it."""
-        if not self.plan.aging.needs_queries or known.queries is None:
-            return [0.0] * born
-        keys, _ = self.window.first(born * self.plan.page_size)
-        return salience(to_pages(keys, self.plan.page_size), known.queries)
-
     def _move(self, targets: Sequence[int]) -> None:
         """Encode held pages for the stages they go to, from what their present stage keeps."""
-        routes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for page, (source, target) in enumerate(zip(self.where[self.forgotten :], targets, strict=True), self.forgotten):
-            if source != target:
-                routes[source, target].append(page)
-        for (source, target), pages in sorted(routes.items(), reverse=True):
+        for (source, target), pages in routes(self.where[self.forgotten :], targets, self.forgotten):
             for begin in range(0, len(pages), self.plan.block_pages):
                 block = pages[begin : begin + self.plan.block_pages]
                 slab = self.pools[source].take(block)
                 payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
                 for role in ROLES:
-                    kept = self._recode(source, target, payload_of(slab, role), role)
+                    kept = recode(self.plan, source, target, payload_of(slab, role), role)
                     payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
                 self.pools[target].add(payload, block)
                 self.pools[source].remove(block)
@@ -280,59 +251,20 @@ class LayerCache:
 
     def _bear(self, targets: Sequence[int], known: Context) -> None:
         """Encode the oldest pages of the window, each straight for its stage."""
-        size, n = self.plan.page_size, len(targets)
+        size, n, held = self.plan.page_size, len(targets), len(self.where)
         start = self.window.start
-        pages = [gate(to_pages(x, size)) for x in self.window.first(n * size)]
-        kept = self._choose_tokens(pages[0], pages[1], start, known)
-        chosen: dict[Role, Tensor] = {}
-        rests = {}
-        for role, x in zip(ROLES, pages, strict=True):
-            outlying = self.plan.outliers.choose(x, role)
-            if outlying is not None:
-                chosen[role] = outlying if kept is None else outlying & ~kept.unsqueeze(-1)
-            rests[role] = smooth(x, kept, chosen.get(role))
-        added = []
-        for target in sorted(set(targets)):
-            rows = [i for i, t in enumerate(targets) if t == target]
-            payload: Slab = {} if kept is None else {EXACT: kept[rows]}
-            for role in ROLES:
-                payload |= self._encode(target, rests[role][rows] if len(rows) < n else rests[role], role)
-            added.append((target, payload, [len(self.where) + i for i in rows]))
+        keys, values = (gate(to_pages(x, size)) for x in self.window.first(n * size))
         # Tiers and policies may raise; from here on all is kept.
-        if kept is not None:
-            self.exact.add(pages[0], pages[1], start, kept)
-        for role, x in zip(ROLES, pages, strict=True):
-            if role in chosen:
-                self.outliers[role].add(x, chosen[role], len(self.where))
-        for target, payload, born in added:
-            self.pools[target].add(payload, born)
+        born = bear(self.plan, keys, values, targets, start, known)
+        if born.kept is not None:
+            self.exact.add(keys, values, start, born.kept)
+        for role, x in zip(ROLES, (keys, values), strict=True):
+            if role in born.outlying:
+                self.outliers[role].add(x, born.outlying[role], held)
+        for target, payload, rows in born.encoded:
+            self.pools[target].add(payload, [held + i for i in rows])
         self.where += targets
         self.window.drop(n * size)
-
-    def _encode(self, target: int, x: Tensor, role: Role) -> Slab:
-        first = 0 if self.plan.cascade else target
-        payload = self._recode(first, target, self.plan.stages[first].tier(role).encode(x, role), role)
-        return {f"{role}.{name}": tensor for name, tensor in payload.items()}
-
-    def _recode(self, source: int, target: int, payload: Slab, role: Role) -> Slab:
-        """What `source` keeps as `target` keeps it, by way of every stage between them if the ladder cascades."""
-        for step in range(source + 1, target + 1) if self.plan.cascade else ((target,) if target != source else ()):
-            first, second = self.plan.stages[source].tier(role), self.plan.stages[step].tier(role)
-            payload, source = self.plan.backend.recode(first, second, payload, role), step
-        return payload
-
-    def _choose_tokens(self, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
-        """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
-        if not self.plan.anchors:
-            return None
-        n, batch, heads, size, _ = keys.shape
-        taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
-        padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
-        tokens = None if known.tokens is None else known.tokens[:, start:]
-        positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
-        for policy in self.plan.anchors:
-            taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
-        return taken
 
     def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, n * P, D]`` float32 of consecutive pages, as attention sees them."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from argus import attention
 from argus.backends import cpu
-from argus.engine import Context, LayerCache
+from argus.engine import LayerCache
 from argus.errors import ArgusError, RangeError
 from argus.ledger import measure, total_bytes
+from argus.moves import Context
 from tests.conftest import (
     DIM,
     GROUPS,

@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from argus.blocks import EXACT
-from argus.engine import Context, LayerCache
+from argus.engine import LayerCache
 from argus.ledger import measure
+from argus.moves import Context
 from argus.plan import Plan
 from argus.tiers.base import ROLES
 from tests.conftest import (

@@ -12,8 +12,8 @@ from torch import Tensor
 from argus import plugins
 from argus.build import make_anchor
 from argus.config import validate
-from argus.engine import Context
 from argus.errors import ConfigError
+from argus.moves import Context
 from argus.policies.base import NewPages, PageFacts, StageFacts, TextFacts
 from tests.conftest import HEADS, contents, grow, make_layer, tokens
 

@@ -36,6 +36,12 @@ def unscaled(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
+def length_after(tokens_to_remove: int, held: int) -> int:
+    """Tokens that a crop of transformers leaves of those held."""
+    count = int(tokens_to_remove)
+    return min(held, count) if count > 0 else max(held + count, 0)
+
+
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's cache: ``update`` returns the layer itself, and the attention function asks it."""
 
@@ -127,10 +133,9 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
-        count = int(tokens_to_remove)
-        length = count if count > 0 else self.engine.length + count
+        length = length_after(tokens_to_remove, self.engine.length)
         if length < self.engine.length:
-            self.engine.crop(max(length, 0))
+            self.engine.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -206,8 +211,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop ``-tokens_to_remove`` tokens of every layer, or of none; a positive number is the length to keep (5.17)."""
-        count, held = int(tokens_to_remove), self.get_seq_length()
-        self.keep(min(held, count if count > 0 else max(held + count, 0)))
+        self.keep(length_after(tokens_to_remove, self.get_seq_length()))
 
     def keep(self, length: int) -> None:
         """Forget tokens from position `length` on.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argus.engine import Context
+from argus.moves import Context
 
 UNKNOWN = -1
 """Stands for a token of which only the embedding is known."""

@@ -1,0 +1,120 @@
+"""A page's birth and its moves: what stays exact, what is encoded, and for which stage. Nothing here holds anything."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argus.blocks import EXACT
+from argus.pages import Slab, Window, smooth, to_pages
+from argus.plan import Plan
+from argus.policies.base import NewPages, salience
+from argus.tiers.base import ROLES, Role
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known when pages are born.
+
+    Attributes
+    ----------
+    tokens : Tensor or None
+        ``[B, L]`` token ids from position 0.
+    padding : Tensor or None
+        ``[B]`` tokens of padding on the left.
+    queries : Tensor or None
+        As policies are told of them (:class:`argus.policies.base.NewPages`).
+    """
+
+    tokens: Tensor | None = None
+    padding: Tensor | None = None
+    queries: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Born:
+    """What becomes of ``n`` pages that leave the window.
+
+    Attributes
+    ----------
+    kept : Tensor or None
+        ``[n, B, H, P]`` bool, the tokens that anchor policies keep exact; None where there is no policy.
+    outlying : dict of str to Tensor
+        ``[n, B, H, P, D]`` bool of each role that has outliers.
+    encoded : list of (int, dict of str to Tensor, list of int)
+        Of each stage that takes some: what it keeps of them, and which of the ``n`` they are.
+    """
+
+    kept: Tensor | None
+    outlying: dict[Role, Tensor]
+    encoded: list[tuple[int, Slab, list[int]]]
+
+
+def weigh(plan: Plan, window: Window, pages: int, known: Context) -> list[float]:
+    """Salience of the window's oldest pages; 0 where the aging policy does not ask for it."""
+    if not plan.aging.needs_queries or known.queries is None:
+        return [0.0] * pages
+    keys, _ = window.first(pages * plan.page_size)
+    return salience(to_pages(keys, plan.page_size), known.queries)
+
+
+def routes(where: Sequence[int], targets: Sequence[int], first: int) -> list[tuple[tuple[int, int], list[int]]]:
+    """Pages from `first` on that go from one stage to another, by these, the last stages first."""
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for page, (source, target) in enumerate(zip(where, targets, strict=True), first):
+        if source != target:
+            found[source, target].append(page)
+    return sorted(found.items(), reverse=True)
+
+
+def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start: int, known: Context) -> Born:
+    """Encode pages ``[n, B, H, P, D]`` whose first token has position `start`, each straight for its stage in `targets`."""
+    kept = chosen_tokens(plan, keys, values, start, known)
+    outlying: dict[Role, Tensor] = {}
+    rests = {}
+    for role, x in zip(ROLES, (keys, values), strict=True):
+        chosen = plan.outliers.choose(x, role)
+        if chosen is not None:
+            outlying[role] = chosen if kept is None else chosen & ~kept.unsqueeze(-1)
+        rests[role] = smooth(x, kept, outlying.get(role))
+    encoded = []
+    for target in sorted(set(targets)):
+        rows = [i for i, t in enumerate(targets) if t == target]
+        payload: Slab = {} if kept is None else {EXACT: kept[rows]}
+        for role in ROLES:
+            x = rests[role][rows] if len(rows) < len(targets) else rests[role]
+            payload |= {f"{role}.{name}": tensor for name, tensor in encode(plan, target, x, role).items()}
+        encoded.append((target, payload, rows))
+    return Born(kept, outlying, encoded)
+
+
+def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
+    """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
+    if not plan.anchors:
+        return None
+    n, batch, heads, size, _ = keys.shape
+    taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
+    padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
+    tokens = None if known.tokens is None else known.tokens[:, start:]
+    positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
+    for policy in plan.anchors:
+        taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
+    return taken
+
+
+def encode(plan: Plan, target: int, x: Tensor, role: Role) -> Slab:
+    """Pages as stage `target` keeps them, by way of every stage before it if the ladder cascades."""
+    first = 0 if plan.cascade else target
+    return recode(plan, first, target, plan.stages[first].tier(role).encode(x, role), role)
+
+
+def recode(plan: Plan, source: int, target: int, payload: Slab, role: Role) -> Slab:
+    """What `source` keeps as `target` keeps it, by way of every stage between them if the ladder cascades."""
+    for step in range(source + 1, target + 1) if plan.cascade else ((target,) if target != source else ()):
+        first, second = plan.stages[source].tier(role), plan.stages[step].tier(role)
+        payload, source = plan.backend.recode(first, second, payload, role), step
+    return payload
