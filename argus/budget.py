@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, log, sqrt
+from math import ceil, floor, inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ LEAST, MOST = 2.0**-12, 2.0**12
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model caches: layers, key-value heads, numbers a head, and their dtype and device."""
+    """What a model caches: the reach of each layer, key-value heads, numbers a head, and their dtype and device."""
 
-    layers: int
+    reaches: tuple[int | None, ...]
     heads: int
     head_dim: int
     dtype: torch.dtype
@@ -67,11 +68,11 @@ def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
     size = (2, 1, shape.heads, budget.context, shape.head_dim)
     keys, values = torch.randn(size, generator=generator).to(shape.device, shape.dtype)
     low, high = LEAST, MOST
-    under, over = (attempt(plan, factor, keys, values, shape.layers) for factor in (low, high))
+    under, over = (attempt(plan, factor, keys, values, shape.reaches) for factor in (low, high))
     if under.pages == over.pages:
         raise ConfigError(
             f"budget.bits={asked:g}: this ladder takes {under.bits:.2f} bits whatever its stages hold; allowed: several "
-            "stages, all but the last with a capacity, and a context longer than the window and a page"
+            "stages, all but the last with a capacity, and a context longer than the window, its slack and a page"
         )
     if under.bits > over.bits:  # A ladder that grows takes least where all is in its first stage.
         low, high, under, over = high, low, over, under
@@ -81,7 +82,7 @@ def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
     # Moving one page to another stage changes two counts by one each.
     while abs(log(high / low)) > 1e-6 and sum(abs(a - b) for a, b in zip(under.pages, over.pages, strict=True)) > 2:
         middle = sqrt(low * high)
-        found = attempt(plan, middle, keys, values, shape.layers)
+        found = attempt(plan, middle, keys, values, shape.reaches)
         if found.bits <= asked:
             low, under = middle, found
         else:
@@ -89,18 +90,24 @@ def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
     return replace(under.plan, match=describe(under, over, budget.context, asked))
 
 
-def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, layers: int) -> Trial:
-    """Scale the stages of `plan` and measure a cache of `layers` layers that each hold `keys` and `values`."""
+def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, reaches: Sequence[int | None]) -> Trial:
+    """Scale the stages of `plan` and measure a cache of layers of these reaches that each hold `keys` and `values`.
+
+    The window holds its slack.
+    """
     policy, facts = plan.aging.scaled([stage.facts for stage in plan.stages], factor)
     stages = tuple(replace(stage, facts=fact) for stage, fact in zip(plan.stages, facts, strict=True))
     scaled = replace(plan, aging=policy, stages=stages)
-    layer = LayerCache(scaled)
-    layer.write(keys, values)
-    layer.age(Context(queries=keys[:, :, -RECENT:].float()))
-    own = measure(layer.tensors(), layer.values)
+    first = max(0, keys.shape[2] - (plan.leaving - 1) * plan.page_size)
+    layers = {reach: LayerCache(scaled, reach) for reach in reaches}
+    for layer in layers.values():
+        layer.write(keys[:, :, :first], values[:, :, :first])
+        layer.age(Context(queries=keys[:, :, max(0, first - RECENT) : first].float()))
+        layer.write(keys[:, :, first:], values[:, :, first:])
+    own = [measure(layers[reach].tensors(), layers[reach].values) for reach in reaches]
     shared = measure((("", tensor) for s in stages for role in ROLES for tensor in s.tier(role).shared().values()), 0)
-    bits = 8 * (layers * own.bytes + shared.bytes) / (layers * own.values)
-    return Trial(scaled, bits, tuple(len(pool) for pool in layer.pools))
+    bits = 8 * (sum(one.bytes for one in own) + shared.bytes) / sum(one.values for one in own)
+    return Trial(scaled, bits, tuple(len(pool) for pool in layers[max(reaches, key=lambda reach: reach or inf)].pools))
 
 
 def describe(under: Trial, over: Trial, context: int, asked: float) -> Match:

@@ -105,13 +105,15 @@ class LayerCache:
         if self.length and (shape, value_dim) != (self.shape, self.value_dim):
             dims, held = (*shape, value_dim), (*(self.shape or ()), self.value_dim)
             raise ArgusError(f"tokens of batch, heads and head_dims {dims} cannot follow those held, of {held}")
-        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.window.tensors()):
-            self._leave_inference()
+        self._leave_inference()
         self.shape, self.value_dim = shape, value_dim
         self.window.append(keys, values)
 
     def _leave_inference(self) -> None:
         """Copy what is written in place, since what was made in inference mode may not be outside of it."""
+        written = (*self.window.tensors(), *(next(iter(slab.values())) for pool in self.pools for slab in pool.slabs))
+        if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in written):
+            return
         self.window.map(torch.Tensor.clone)
         for pool in self.pools:
             pool.map(torch.Tensor.clone)
@@ -211,6 +213,7 @@ class LayerCache:
 
     def forget(self) -> None:
         """Forget the pages that no later query sees."""
+        self._leave_inference()
         self._forget()
         for pool in self.pools:
             pool.trim()
@@ -301,6 +304,7 @@ class LayerCache:
             As :meth:`check_crop`.
         """
         self.check_crop(length)
+        self._leave_inference()
         if length == 0:
             self.reset()
             return

@@ -93,7 +93,9 @@ class Pool:
             for target, slots in self._by_slab(holes[done : done + len(rows)]):
                 where = positions(slots, next(iter(payload.values())))
                 for name, tensor in self.slabs[target].items():
-                    as_bytes(tensor)[where] = as_bytes(payload[name][: len(slots)])
+                    # A view of the slab with the holes goes into a slice of it, but not to single places.
+                    moved = payload[name][: len(slots)]
+                    as_bytes(tensor)[where] = as_bytes(moved if isinstance(where, slice) else moved.clone())
                 payload = {name: tensor[len(slots) :] for name, tensor in payload.items()}
             done += len(rows)
         for hole, filler in zip(holes, fillers, strict=True):

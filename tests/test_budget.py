@@ -23,7 +23,7 @@ LADDER = [
     *("tiers.page_size=16", "tiers.window=16", "tiers.order=[int4,int2,jl]", "tiers.allow_growth=true"),
     *("tiers.stages.int4.capacity=96", "tiers.stages.int2.capacity=96", f"budget.context={CONTEXT}"),
 ]
-SHAPE = Shape(layers=3, heads=2, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
+SHAPE = Shape(reaches=(None,) * 3, heads=2, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def plan_of(*words: str, extra=()):
@@ -83,6 +83,28 @@ def test_a_run_takes_what_the_budget_says(policy, anchors):
     assert cache.ledger().bits_per_value == pytest.approx(cache.plan.match.reached, abs=1e-12)
     held = {s.facts.name: len(pool) for s, pool in zip(cache.plan.stages, cache.layers[0].engine.pools, strict=True)}
     assert cache.plan.match.pages == held
+    unpatch(model)
+
+
+@pytest.mark.parametrize(("name", "words"), [("llama", ["tiers.slack=64"]), ("mistral", []), ("gemma3", ["tiers.slack=16"])])
+def test_a_budget_counts_slack_and_what_layers_forget(name, words):
+    """However the tokens come, a step at a time too; layers of a sliding window hold fewer."""
+    model = tiny(name)
+    groups = [f"tiers.stages.{stage}.group_size=8" for stage in ("int4", "int2")]
+    options = [*LADDER, *groups, "anchors=none", *words]
+    with pytest.raises(ConfigError) as error:
+        ArgusCache(model, [*options, "budget.bits=1"])
+    low, high = (float(word) for word in str(error.value).rpartition("allowed: ")[2].split(" to "))
+    asked = (low + high) / 2
+    ids = torch.randint(2, SMALL["vocab_size"], (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+    for first in (CONTEXT, CONTEXT - 90):
+        cache = ArgusCache(model, [*options, f"budget.bits={asked}"])
+        with torch.no_grad():
+            for part in (ids[:, :first], *ids[:, first:].split(1, 1)):
+                if part.shape[1]:
+                    model(part, past_key_values=cache)
+        index = cache.ledger().parts.get("index", 0)
+        assert (cache.ledger().bytes - index) * 8 / cache.ledger().values <= asked + 0.01
     unpatch(model)
 
 

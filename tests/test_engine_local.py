@@ -206,3 +206,14 @@ class LocalMachine(RuleBasedStateMachine):
 
 LocalMachine.TestCase.settings = RUN
 TestLocal = LocalMachine.TestCase
+
+
+def test_a_share_of_the_pages_held_is_kept_as_others_are_forgotten() -> None:
+    """Those that have a stage stay in it, however many came before them."""
+    options = {"order": ("int8", "int4"), "aging": {"policy": "uniform", "share": 0.5}}
+    layer = pair(160, **options)[0]
+    for seed in range(600):
+        grow(layer, *tokens(seed, 1))
+    held = [len(pool) for pool in layer.pools]
+    assert sum(held) > 15
+    assert abs(held[0] - held[1]) <= 1

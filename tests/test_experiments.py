@@ -19,7 +19,7 @@ from argus.policies.base import TextFacts
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 
-EMBEDDED = Shape(layers=30, heads=3, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
+EMBEDDED = Shape(reaches=(None,) * 30, heads=3, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
 """What the small model caches."""
 
 

@@ -231,3 +231,12 @@ def test_ledger_counts_a_storage_once():
     assert measure([("a", storage), ("b", other)], 50, workspace=9).bytes == 224
     empty = measure([], 0)
     assert (empty.bytes, empty.bits_per_value, empty.compression) == (0, 0, 0)
+
+
+def test_holes_apart_are_filled_from_the_same_slab():
+    """Torch refuses an index of single places and a view of one tensor together."""
+    pool = Pool(32)
+    pool.add({"a": torch.arange(6.0).view(6, 1, 1)}, list(range(6)))
+    pool.remove([0, 2])
+    assert pool.pages == [4, 1, 5, 3]
+    assert pool.take([4, 1, 5, 3])["a"].flatten().tolist() == [4.0, 1.0, 5.0, 3.0]

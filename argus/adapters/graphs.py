@@ -75,8 +75,14 @@ def capture(call: Callable[[], Any], stream: Any = None, beside: Any = None) -> 
 
 
 def copied(outputs: Any) -> Any:
-    """A model's output with copies of its tensors, which the next replay overwrites."""
-    return type(outputs)(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in outputs.items()})
+    """A model's output with copies of its tensors, those in tuples too, which the next replay overwrites."""
+    return type(outputs)(**{name: _copy(x) for name, x in outputs.items()})
+
+
+def _copy(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.clone()
+    return tuple(map(_copy, x)) if type(x) is tuple else x
 
 
 def options(given: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +225,7 @@ class Steps:
         if mask is not None and mask.shape != (len(given["input_ids"]), layers[0].length + 1):
             return None
         alike = self.model is model and same_kind(inputs, self.inputs) and self.padded == (mask is not None)
+        alike = alike and self._writable()
         begun, again = alike and self._stands(layers), alike and self.graph is not None
         if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
@@ -250,6 +257,10 @@ class Steps:
         ids, positions = given["input_ids"], given.get("position_ids")
         positions = torch.full_like(ids[:1], length) if positions is None else positions
         return {"input_ids": ids, "position_ids": positions, **options(given)}
+
+    def _writable(self) -> bool:
+        """Whether its places may be written: not outside of inference mode where they were made in it."""
+        return self.place is None or torch.is_inference_mode_enabled() or not self.place.index.is_inference()
 
     def _stands(self, layers: Sequence[LayerCache]) -> bool:
         """Whether what was recorded, or is about to be, still lies where it did."""

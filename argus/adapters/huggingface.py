@@ -187,6 +187,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
         self.plan = plan or make_plan(model, tiers, tokenizer)
         activate(model)
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
+        self.broken = False
         self.steps = Steps() if self.plan.graphs and not known.chunked else None
         super().__init__(layers=[ArgusLayer(self.plan, self.transcript, reach) for reach in known.reaches])
 
@@ -198,15 +199,15 @@ class ArgusCache(Cache):  # type: ignore[misc]
         ArgusError
             If a pass over this cache was broken off and could not be taken back.
         """
-        lengths = {layer.engine.length for layer in self.layers}
-        if len(lengths) > 1:
-            raise ArgusError(
-                f"layers hold {sorted(lengths)} tokens since a step was broken off; allowed: cache.reset(), or a new cache"
-            )
+        lengths = sorted({layer.engine.length for layer in self.layers})
+        if len(lengths) > 1 or self.broken:
+            held = f"layers hold {lengths} tokens since a step was broken off"
+            raise ArgusError(f"{held}; allowed: cache.reset(), or a new cache")
         self.transcript.note(self.get_seq_length(), tokens, mask)
 
     def reset(self) -> None:
         super().reset()
+        self.broken = False
         self.transcript.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -350,7 +351,10 @@ def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args:
                 return outputs
         return forward(*args, **kwargs)
     except Exception:
-        cache.keep(before)
+        try:
+            cache.keep(before)
+        except ArgusError:  # What comes before is forgotten; the next pass is refused.
+            cache.broken = True
         raise
 
 
@@ -405,4 +409,4 @@ def make_plan(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None
     known = facts(model)
     text = TextFacts(line_ends(tokenizer) if tokenizer is not None and "lines" in config.anchors else ())
     plan = build(config, known.head_dim, known.dtype, known.device, text)
-    return meet(plan, config.budget, Shape(len(known.reaches), known.heads, known.head_dim, known.dtype, known.device))
+    return meet(plan, config.budget, Shape(known.reaches, known.heads, known.head_dim, known.dtype, known.device))

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from math import floor
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat
@@ -83,8 +82,13 @@ class Uniform(Aging):
 
     def targets(self, pages: Sequence[PageFacts], stages: Sequence[StageFacts]) -> list[int]:
         share, last = self.config.share, len(stages) - 1
-        chosen = [0 if floor((i + 1) * share) > floor(i * share) else last for i in range(len(pages))]
-        return [max(target, page.stage or 0) for target, page in zip(chosen, pages, strict=True)]
+        targets: list[int] = []
+        first = 0
+        for number, page in enumerate(pages, 1):
+            new = 0 if first + 1 <= number * share else last
+            targets.append(new if page.stage is None else page.stage)
+            first += targets[-1] == 0
+        return targets
 
     def scaled(self, stages: Sequence[StageFacts], factor: float) -> tuple[Aging, list[StageFacts]]:
         """`factor` pages in the first stage for each in the last: there is no size to scale."""

@@ -237,3 +237,39 @@ def test_attention_weights_are_refused_before_anything_is_written() -> None:
     with pytest.raises(ModelError, match="no attention weights to give; allowed: output_attentions=False"):
         model(ids(20), past_key_values=cache, output_attentions=True)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_a_pass_that_fails_is_taken_back_or_ends_the_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was wrong is told; layers that have forgotten what came before cannot go back, and say so until they are reset."""
+    model, x = tiny(name), ids(200)
+    cache = ArgusCache(model, EXACT)
+    model(x[:, :100], past_key_values=cache)
+    head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        model(x[:, 100:], past_key_values=cache)
+    monkeypatch.setattr(model.lm_head, "forward", head)
+    if name == "llama":
+        assert lengths(cache) == [100] * len(cache.layers)
+    else:
+        with pytest.raises(ArgusError, match=r"allowed: cache.reset\(\), or a new cache"):
+            model(x[:, 100:], past_key_values=cache)
+        cache.reset()
+        model(x[:, :100], past_key_values=cache)
+    got = model(x[:, 100:], past_key_values=cache).logits
+    want = model(x, past_key_values=DynamicCache(config=model.config)).logits[:, 100:]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_pages_of_inference_mode_are_left_where_nothing_is_in_the_window() -> None:
+    model, x = tiny("llama"), ids(140)
+    cache = ArgusCache(model, [*AGING, "graphs=false"])
+    with torch.inference_mode():
+        model(x[:, :104], past_key_values=cache)
+        cache.crop(-8)
+    with torch.no_grad():
+        for place in range(96, 140):
+            model(x[:, place : place + 1], past_key_values=cache)
+    assert cache.get_seq_length() == 140

@@ -51,8 +51,10 @@ class Again:
 
     def replay(self) -> None:
         for name, x in self.call().items():
-            if isinstance(x, torch.Tensor):
-                self.outputs[name].copy_(x)
+            pairs = zip(self.outputs[name], x, strict=True) if isinstance(x, tuple) else [(self.outputs[name], x)]
+            for held, new in pairs:
+                if isinstance(new, torch.Tensor):
+                    held.copy_(new)
 
 
 @pytest.fixture
@@ -453,3 +455,25 @@ def test_the_model_gets_its_forward_back(model: Any) -> None:
     unpatch(model)
     assert "forward" not in vars(model)
     assert cache.steps.graph is None
+
+
+def test_steps_go_on_outside_of_inference_mode(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["int4"], 90)
+    with torch.inference_mode():
+        one_by_one(model, caches, ids(6, seed=6))
+    begun = counts.recorded
+    one_by_one(model, caches, ids(9, seed=7))
+    assert counts.recorded > begun
+
+
+def test_hidden_states_that_a_config_asks_for_are_copies(model: Any, counts: SimpleNamespace) -> None:
+    """The next step does not change them."""
+    caches = both(model, LADDERS["int4"], 90)
+    model.config.output_hidden_states = True
+    kept = []
+    with torch.no_grad():
+        for place in range(6):
+            kept.append([model(ids(6, seed=6)[:, place : place + 1], past_key_values=cache).hidden_states for cache in caches])
+    for pair in kept:
+        for got, want in zip(*pair, strict=True):
+            close(got, want)
