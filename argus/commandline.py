@@ -48,8 +48,11 @@ class Command:
 
     def into(self, folder: str) -> list[str]:
         """The arguments of a sweep into `folder`; Hydra takes overrides only if they stand together."""
-        place = self.arguments.index(self.overrides[-1]) + 1 if self.overrides else 0
-        return [*self.arguments[:place], f"hydra.sweep.dir={folder}", *self.arguments[place:]]
+        flags = ("", *self.arguments)
+        others = [
+            word for flag, word in zip(flags, self.arguments, strict=False) if word.startswith("-") or flag in VALUED
+        ]
+        return [*others, *self.overrides, f"hydra.sweep.dir={folder}"]
 
 
 def check(command: Command) -> None:

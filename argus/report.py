@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
@@ -18,9 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from argus import __version__
+from argus.commandline import Command
 from argus.hookspecs import hookimpl
 from argus.ledger import Match
 from argus.tasks.base import Row, Run, RunEvents
@@ -51,8 +55,11 @@ def device_name(device: torch.device) -> str:
 def command() -> str:
     """What repeats this run: the words that were given, or in a sweep the run's own."""
     swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    words = HydraConfig.get().overrides.task if swept else sys.argv[1:]
-    return " ".join(["python -m argus", *words])
+    words = sys.argv[1:]
+    if swept:
+        folders = [f"--config-dir={folder}" for folder in Command.of(words).folders]
+        words = [*folders, *HydraConfig.get().overrides.task]
+    return shlex.join(["python", "-m", "argus", *words])
 
 
 def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
@@ -110,9 +117,15 @@ def number(value: Any, form: str | Callable[[Any], str]) -> str:
     return format(value, form) if isinstance(form, str) else form(value)
 
 
-MEMORY = (("bytes", "cache_bytes", size), ("bits", "bits_per_value", ".2f"), ("x less", "compression", ".2f"))
-PROSE = (("dNLL", "dnll", "+.4f"), ("KL", "kl", ".4f"))
-SPEED = (("prefill/s", "prefill_tokens_per_s", ".0f"), ("decode/s", "decode_tokens_per_s", ".1f"))
+Column = tuple[str, str, str | Callable[[Any], str]]
+"""Head, name of the figure, and how it is told."""
+MEMORY: tuple[Column, ...] = (
+    ("bytes", "cache_bytes", size),
+    ("bits", "bits_per_value", ".2f"),
+    ("x less", "compression", ".2f"),
+)
+PROSE: tuple[Column, ...] = (("dNLL", "dnll", "+.4f"), ("KL", "kl", ".4f"))
+SPEED: tuple[Column, ...] = (("prefill/s", "prefill_tokens_per_s", ".0f"), ("decode/s", "decode_tokens_per_s", ".1f"))
 APART = {
     *("context", "samples", "depth", "accuracy", "decoded", "decoded_samples", "decoded_dnll", "decoded_kl"),
     *("loops", "slowest_step_over_median"),
@@ -139,18 +152,43 @@ def merge(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Row]]:
     for row in rows:
         if "stage" not in row:
             lines.setdefault((row["cache"], row["context"], 0), []).append(row)
-            if "decoded" in row:
+            if "decoded_kl" in row:
                 figures = {key: row[f"decoded_{key}"] for _, key, _ in PROSE}
                 lines[row["cache"], row["context"], row["decoded"]] = [{"task": row["task"], **figures}]
     order = list(dict.fromkeys(cache for cache, _, _ in lines))
     return dict(sorted(lines.items(), key=lambda line: (line[0][1], order.index(line[0][0]), line[0][2])))
 
 
+def is_number(value: object) -> bool:
+    """Whether a table can show it as a figure."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def own_figures(rows: Sequence[Row]) -> list[str]:
-    """Names of numbers that only the tasks measuring them know, in the order in which rows tell them."""
+    """Names of figures, numbers in every row, that only the tasks measuring them know, in the order in which rows tell them."""
     known = APART | {key for _, key, _ in (*MEMORY, *PROSE, *SPEED)}
-    told = {key: value for row in rows if "stage" not in row for key, value in row.items() if key not in known}
-    return [key for key, value in told.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    told: dict[str, list[object]] = {}
+    for row in rows:
+        for key, value in row.items() if "stage" not in row else ():
+            if key not in known and value is not None:
+                told.setdefault(key, []).append(value)
+    return [key for key, values in told.items() if all(map(is_number, values))]
+
+
+def figure(value: float) -> str:
+    """A figure of which nothing is known: four digits, or all of a whole number."""
+    whole = isinstance(value, int) or (value.is_integer() and abs(value) < 1e15)
+    return f"{int(value):,}" if whole else f"{value:.4g}"
+
+
+def combined(line: Sequence[Row], own: Sequence[str]) -> Row:
+    """One row of several: the mean of tasks' own figures, and of anything else what the last tells."""
+    merged = {key: value for row in line for key, value in row.items()}
+    for key in own:
+        values = [row[key] for row in line if row.get(key) is not None]
+        if values:
+            merged[key] = fmean(values) if len(values) > 1 else values[0]
+    return merged
 
 
 def head(name: str) -> str:
@@ -162,13 +200,14 @@ def cache_table(rows: Sequence[Row]) -> list[list[str]]:
     """Heads, then one line a cache and context: memory, accuracy, prose, tasks' own figures, speed; what no row has is not."""
     lines = merge(rows)
     known = {key for line in lines.values() for row in line for key, value in row.items() if value is not None}
-    own = [(head(key), key, ".3f" if key.startswith("distinct_") else ".4g") for key in own_figures(rows)]
+    names = own_figures(rows)
+    own: list[Column] = [(head(key), key, ".3f" if key.startswith("distinct_") else figure) for key in names]
     after = [column for column in (*PROSE, *own, ("loops", "loops", ".0%"), *SPEED) if column[1] in known]
     before = [column for column in MEMORY if column[1] in known]
     tests = list(dict.fromkeys(asked(row) for line in lines.values() for row in line if row.get("accuracy") is not None))
     drawn = [["cache", "tokens", *(head for head, _, _ in before), *tests, *(head for head, _, _ in after)]]
     for (cache, context, decoded), line in lines.items():
-        merged = {key: value for row in line for key, value in row.items()}
+        merged = combined(line, names)
         drawn.append(
             [
                 cache,
@@ -203,17 +242,17 @@ def table(rows: Sequence[Row]) -> Table:
     """All rows in one table: caches, then stages."""
     drawn = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     caches, stages = cache_table(rows), stage_lines(rows)
-    heads, *lines = caches or [list(STAGE_HEADS)]
+    heads, *lines = caches or [list(STAGE_HEADS) if stages else []]
     for place in range(max(len(heads), len(STAGE_HEADS) if stages else 0)):
         head = heads[place] if place < len(heads) else ""
-        drawn.add_column(head, justify="right" if place else "left", no_wrap=True)
+        drawn.add_column(escape(head), justify="right" if place else "left", no_wrap=True)
     for line in lines:
-        drawn.add_row(*line)
+        drawn.add_row(*map(escape, line))
     if caches and stages:
         drawn.add_section()
         drawn.add_row(*STAGE_HEADS, style="bold")
     for line in stages:
-        drawn.add_row(*line)
+        drawn.add_row(*map(escape, line))
     return drawn
 
 
@@ -221,10 +260,14 @@ WIDTH = 100
 """Columns that tables have at least."""
 
 
-def terminal() -> Console:
-    """Where tables go, 100 columns wide, or as a wider terminal is: a narrower one breaks lines, but no figure is cut."""
+def terminal(drawn: Table, folds: int = 0) -> Console:
+    """Where a table goes, 100 columns wide, or as it or the terminal is: a narrower one breaks lines, but no figure is cut.
+
+    folds: columns that the table can do without.
+    """
     console = Console()
-    return Console(width=max(WIDTH, console.width if console.is_terminal else 0))
+    needed = Console(width=10_000).measure(drawn).maximum - folds
+    return Console(width=max(WIDTH, needed, console.width if console.is_terminal else 0))
 
 
 def budget_line(match: Match) -> str:
@@ -238,9 +281,10 @@ class Reporter(RunEvents):
     """Prints the table and writes ``report.json`` when a run ends."""
 
     def end(self, run: Run, rows: list[Row]) -> None:
+        drawn = table(rows)
+        console = terminal(drawn)
+        console.print(drawn)
         write(run.folder / NAME, document(run, rows))
-        console = terminal()
-        console.print(table(rows))
         if run.plan.match is not None:
             console.print(budget_line(run.plan.match), soft_wrap=True)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)

@@ -15,7 +15,7 @@ from argus.adapters.huggingface import make_plan
 from argus.config import CacheChoice, RunConfig, validate
 from argus.errors import ConfigError
 from argus.models import load
-from argus.tasks.base import CacheKind, Row, Run, RunEvents, Task
+from argus.tasks.base import CacheKind, Row, Run, RunEvents, Task, checked
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def execute(config: RunConfig, folder: Path) -> list[Row]:
         for listener in parts.listeners:
             listener.start(run)
         rows: list[Row] = []
-        for row in parts.task.run(run):
+        for row in map(checked, parts.task.run(run)):
             rows.append(row)
             for listener in parts.listeners:
                 listener.row(run, row)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, isnan, nan
 from pathlib import Path
@@ -19,17 +20,21 @@ from rich.table import Table
 from argus.config import RunConfig
 from argus.errors import ArgusError
 from argus.pictures import draw_pareto
-from argus.report import NAME, SCHEMA, head, number, own_figures, plain, terminal
+from argus.report import NAME, SCHEMA, Column, figure, head, number, own_figures, plain, terminal
 
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("bits", "bits_per_value", ".2f"),
     ("x less", "compression", ".2f"),
     ("accuracy", "accuracy", ".0%"),
     ("dNLL", "dnll", "+.4f"),
     ("KL", "kl", ".4f"),
+    ("loops", "loops", ".0%"),
     ("decode/s", "decode_tokens_per_s", ".1f"),
 )
+PICTURE = "pareto.png"
+NAMED = 40
+"""Columns that the names of runs have at least, if they are as long."""
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 FIGURES = tuple(key for _, key, _ in COLUMNS)
 
@@ -86,15 +91,21 @@ def report_of(run: Path) -> dict[str, Any] | None:
 def runs_of(folder: Path) -> list[Path]:
     """Folders of the runs of the last sweep in `folder`, in order; what an earlier, longer one left there is named.
 
-    Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not.
+    Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not. Runs
+    that a sweep with another ``hydra.sweep.subdir`` left there, as that of another program, belong to it.
     """
+    def kind(run: Path) -> str:
+        return re.sub(r"\d+", "", run.name)
+
     begun = (folder / "multirun.yaml").stat().st_mtime_ns if (folder / "multirun.yaml").exists() else 0
     started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"*/{OVERRIDES}")}
     runs = sorted(started, key=lambda run: (len(run.name), run.name))
-    old = [run.name for run in runs if started[run] < begun and (run / NAME).exists()]
+    kinds = {kind(run) for run in runs if started[run] >= begun}
+    earlier = [run for run in runs if started[run] < begun and kind(run) in kinds]
+    old = [run.name for run in earlier if (run / NAME).exists()]
     if old:
         print(f"argus: left out, runs of an earlier sweep in {folder}: {', '.join(old)}", file=sys.stderr, flush=True)
-    return [run for run in runs if started[run] >= begun]
+    return [run for run in runs if run not in earlier]
 
 
 def overrides_of(run: Path) -> tuple[str, ...]:
@@ -131,13 +142,14 @@ def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
 
     A change in NLL or a KL that the report holds as null is NaN.
     """
+    own = own_figures(report["rows"])
     rows = [
-        row | {name: nan for name in ("dnll", "kl") if name in row and row[name] is None}
+        row | {name: nan for name in ("dnll", "kl", *own) if name in row and row[name] is None}
         for row in report["rows"]
         if row["cache"] == cache and "stage" not in row
     ]
     out: dict[str, float] = {}
-    for name in (*FIGURES, *own_figures(rows)):
+    for name in (*FIGURES, *own):
         having = [row for row in rows if row.get(name) is not None]
         longest = max((row["context"] for row in having), default=0)
         chosen = [row for row in having if row["context"] == longest]
@@ -148,10 +160,15 @@ def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
 
 
 def spread(ones: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Means of what all have, and their sample standard deviations where there are several."""
-    shared = [name for name in ones[0] if all(name in one for one in ones)]
-    means = {name: fmean(one[name] for one in ones) for name in shared}
-    return means, {name: deviation([one[name] for one in ones]) for name in shared} if len(ones) > 1 else {}
+    """Means of what all have, NaN of tasks' own figures that some lack; and sample standard deviations of several."""
+    names = dict.fromkeys(name for one in ones for name in one)
+    shared = {
+        name: [one.get(name, nan) for one in ones]
+        for name in names
+        if name not in FIGURES or all(name in one for one in ones)
+    }
+    means = {name: fmean(values) for name, values in shared.items()}
+    return means, {name: deviation(values) for name, values in shared.items()} if len(ones) > 1 else {}
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -181,39 +198,41 @@ def summarize(folder: Path) -> None:
         raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
     found = lines([(overrides_of(run), report) for run, report in done.items()])
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
-    best = [False] * len(found)
+    best, points = [False] * len(found), []
     if quality is not None:
         sign = -1 if quality[0] == "accuracy" else 1
         points = [(line.name, line.means.get("bits_per_value", nan), line.means[quality[0]]) for line in found]
         best = undominated([(bits, sign * value) for _, bits, value in points])
-        if shown := [point for point in points if isfinite(point[1]) and isfinite(point[2])]:
-            draw_pareto(shown, folder / "pareto.png", quality[1])
     measured = dict.fromkeys(key for line in found for key in line.means)
     columns = [column for column in COLUMNS if column[1] in measured]
-    columns += [(head(key), key, ".4g") for key in measured if key not in FIGURES]
+    columns += [(head(key), key, figure) for key in measured if key not in FIGURES]
     heads = ["run", *(title for title, _, _ in columns), "seeds", "best"]
     cells = [
         [line.name, *(cell(line, key, form) for _, key, form in columns), str(line.seeds), "*" if mark else ""]
         for line, mark in zip(found, best, strict=True)
     ]
+    table = Table(box=box.SIMPLE_HEAD)
+    longest = max(len(line.name) for line in found)
+    table.add_column(heads[0], overflow="fold", min_width=min(NAMED, longest))
+    for title in heads[1:]:
+        table.add_column(escape(title), justify="right", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    console = terminal(table, folds=longest - min(NAMED, longest))
+    console.print(table)
     keep = [{**asdict(line), "best": mark} for line, mark in zip(found, best, strict=True)]
     (folder / "sweep.json").write_text(json.dumps(plain(keep), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(markdown(heads, cells), encoding="utf-8")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(heads[0], overflow="fold")
-    for title in heads[1:]:
-        table.add_column(title, justify="right", no_wrap=True)
-    for line in cells:
-        table.add_row(*map(escape, line))
-    console = terminal()
-    console.print(table)
+    (folder / PICTURE).unlink(missing_ok=True)
+    if quality is not None and (shown := [point for point in points if isfinite(point[1]) and isfinite(point[2])]):
+        draw_pareto(shown, folder / PICTURE, quality[1])
     console.print(f"*: no other run has fewer bits and better quality; sweep in {folder}", soft_wrap=True, markup=False)
     failed = [run.name for run in runs if run not in done]
     if failed:
         raise ArgusError(f"{NAME} is missing of runs {', '.join(failed)} in {folder}; the same command runs only these again")
 
 
-def cell(line: Line, key: str, form: str) -> str:
+def cell(line: Line, key: str, form: str | Callable[[Any], str]) -> str:
     """A mean, with its spread over seeds for quality."""
     text = number(line.means.get(key), form)
     if key not in line.spreads or (key in FIGURES and key not in ("dnll", "kl")):

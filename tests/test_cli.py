@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_overview(model, tmp_path):
     data = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert {"schema", "command", "versions", "device", "config", "rows"} <= set(data)
     assert data["schema"] == 1
-    assert data["command"] == " ".join(["python -m argus", *words])
+    assert data["command"] == shlex.join(["python", "-m", "argus", *words])
     assert data["versions"]["torch"] == torch.__version__
     assert data["versions"]["transformers"] == transformers.__version__
     assert data["device"].startswith("cpu")

@@ -320,10 +320,11 @@ def test_sorting_of_arguments():
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["-m"], ["hydra.sweep.dir=out", "-m"]),
+        (["-m"], ["-m", "hydra.sweep.dir=out"]),
         (["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra.sweep.dir=out"]),
-        (["task=passkey", "seed=0,1", "-m"], ["task=passkey", "seed=0,1", "hydra.sweep.dir=out", "-m"]),
-        (["-cd", "mine", "seed=0,1", "-m"], ["-cd", "mine", "seed=0,1", "hydra.sweep.dir=out", "-m"]),
+        (["task=passkey", "seed=0,1", "-m"], ["-m", "task=passkey", "seed=0,1", "hydra.sweep.dir=out"]),
+        (["task=passkey", "-m", "seed=0,1"], ["-m", "task=passkey", "seed=0,1", "hydra.sweep.dir=out"]),
+        (["-cd", "mine", "seed=0,1", "-m"], ["-cd", "mine", "-m", "seed=0,1", "hydra.sweep.dir=out"]),
     ],
 )
 def test_the_folder_of_a_sweep_stands_beside_the_overrides(words, wanted):

@@ -36,7 +36,7 @@ def holds(pool: Pool, wanted: dict[int, Slab]) -> None:
 
 
 @RUN
-@given(slab_pages=st.integers(1, 5), data=st.data())
+@given(slab_pages=st.integers(1, 12), data=st.data())
 def test_pool_is_a_dictionary(slab_pages, data):
     """Adds, removals and selections in any order, against a plain dictionary."""
     pool, wanted, batch, fresh = Pool(slab_pages), {}, 2, 0

@@ -7,15 +7,17 @@ import os
 import stat
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from argus import report, sweep
 from argus.config import RunConfig, compose, validate
-from argus.errors import ArgusError
+from argus.errors import ArgusError, PluginError
 from argus.ledger import Match
 from argus.sweep import distinguish, figures, summarize, undominated
+from argus.tasks.base import checked
 from argus.tasks.generate import distinct
 from argus.tasks.steps import Clock, Scores
 
@@ -385,6 +387,64 @@ def test_the_median_is_of_what_was_timed():
 def test_a_narrow_terminal_cuts_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert report.terminal().width == 100
+    drawn = report.table(ROWS)
+    assert report.terminal(drawn).width == 100
     monkeypatch.setenv("COLUMNS", "140")
-    assert report.terminal().width == 140
+    assert report.terminal(drawn).width == 140
+
+
+def test_a_wide_table_is_drawn_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With square brackets in names, too, which are no markup."""
+    monkeypatch.setenv("COLUMNS", "40")
+    names = [f"a_long_name_of_a_figure[{i}]" for i in range(6)]
+    drawn = report.table([{"task": "mine", "cache": "fp16", "context": 64} | dict.fromkeys(names, 0.25)])
+    report.terminal(drawn).print(drawn)
+    said = capsys.readouterr().out
+    assert said.count("0.25") == 6
+    assert all(name.replace("_", " ") in said for name in names)
+
+
+def test_figures_that_some_rows_lack() -> None:
+    """A figure is a number wherever it is told; several rows of one cache and context have one mean."""
+    base = {"task": "mine", "context": 64}
+    rows = [
+        base | {"cache": "fp16", "score": 0.0, "count": 123456789, "mixed": 1, "name": "a"},
+        base | {"cache": "fp16", "score": 1.0, "count": None, "mixed": "two", "name": "b"},
+        base | {"cache": "argus", "score": None},
+    ]
+    assert shown(rows) == [
+        ["cache", "tokens", "score", "count"],
+        ["fp16", "64", "0.5", "123,456,789"],
+        ["argus", "64", "", ""],
+    ]
+
+
+def test_a_row_is_looked_at_when_it_is_told() -> None:
+    base = {"task": "mine", "cache": "fp16", "context": 64}
+    numbers = checked(base | {"score": np.float32(0.5), "loss": torch.tensor(2), "words": ["a"]})
+    assert numbers == base | {"score": 0.5, "loss": 2, "words": ["a"]}
+    assert [type(numbers[name]) for name in ("score", "loss")] == [float, int]
+    for row, fault in (
+        ({"task": "mine", "cache": "fp16"}, "a row of task 'mine': 'context' must be a number of tokens"),
+        (base | {"cache": None}, "'cache' must be a string"),
+        (base | {"accuracy": 0.5}, "'accuracy' needs 'samples', a number of them"),
+        (base | {"stage": "cold"}, "'stage' needs tier, tokens, bytes"),
+    ):
+        with pytest.raises(PluginError, match=fault):
+            checked(row)
+
+
+def test_runs_of_another_program_belong_to_a_sweep(tmp_path, capsys):
+    """Those that it named otherwise; earlier ones of the same naming do not."""
+    for age, name in ((30, "0"), (30, "kvpress-0"), (0, "1")):
+        run = tmp_path / name
+        (run / ".hydra").mkdir(parents=True)
+        (run / ".hydra" / "overrides.yaml").write_text(f"- tiers=int{len(name)}\n")
+        (run / "report.json").write_text(json.dumps({"config": {"reference": "fp16"}, "rows": ROWS}))
+        begun = os.stat(run / ".hydra" / "overrides.yaml").st_mtime - age
+        os.utime(run / ".hydra" / "overrides.yaml", (begun, begun))
+    (tmp_path / "multirun.yaml").write_text("")
+    begun = os.stat(tmp_path / "multirun.yaml").st_mtime - 10
+    os.utime(tmp_path / "multirun.yaml", (begun, begun))
+    assert [run.name for run in sweep.runs_of(tmp_path)] == ["1", "kvpress-0"]
+    assert capsys.readouterr().err.rstrip().endswith(": 0")

@@ -12,11 +12,35 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from argus.config import RunConfig
+from argus.errors import PluginError
 from argus.ledger import Ledger
 from argus.plan import Plan
 
 Row = dict[str, Any]
 """One line of the report: ``task``, ``cache``, ``context``, and what was measured."""
+NEEDED = (("task", str, "a string"), ("cache", str, "a string"), ("context", int, "a number of tokens"))
+STAGE = ("tier", "tokens", "bytes", "bits_per_value", "pages", "cosine_keys", "cosine_values")
+"""What a row of a stage tells beside its name."""
+
+
+def checked(row: Mapping[str, Any]) -> Row:
+    """A row as a report can hold it: numbers of NumPy and PyTorch as Python's.
+
+    Raises
+    ------
+    PluginError
+        If it lacks what every table shows.
+    """
+    plain = {key: value.item() if getattr(value, "ndim", 1) == 0 else value for key, value in row.items()}
+    faults = [f"'{name}' must be {said}" for name, kind, said in NEEDED if not isinstance(plain.get(name), kind)]
+    if plain.get("accuracy") is not None and not isinstance(plain.get("samples"), int):
+        faults.append("'accuracy' needs 'samples', a number of them")
+    missing = [name for name in STAGE if name not in plain] if "stage" in plain else []
+    if missing:
+        faults.append(f"'stage' needs {', '.join(missing)}")
+    if faults:
+        raise PluginError(f"a row of task {plain.get('task')!r}: {'; '.join(faults)}")
+    return plain
 
 
 class TaskConfig(BaseModel):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import PositiveInt
 
+from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.steps import Clock, feed, ids_of, memory
@@ -26,12 +27,22 @@ def distinct(tokens: Sequence[int], order: int) -> float:
 
 
 def prompt_ids(run: Run, prompt: str) -> list[int]:
-    """Token ids of a prompt, as a turn of a conversation where the tokenizer has a template for it."""
+    """Token ids of a prompt, as a turn of a conversation where the tokenizer has a template for it.
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+    """
     if getattr(run.tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         text = run.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(run.tokenizer(text, add_special_tokens=False).input_ids)
-    return list(run.tokenizer(prompt).input_ids)
+        ids = list(run.tokenizer(text, add_special_tokens=False).input_ids)
+    else:
+        ids = list(run.tokenizer(prompt).input_ids)
+    if not ids:
+        raise ConfigError(f"prompt {prompt!r} has no token; allowed: one that has")
+    return ids
 
 
 def stop_ids(run: Run) -> list[int]:

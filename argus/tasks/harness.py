@@ -139,13 +139,14 @@ class Harness(Task):
                     raise ConfigError(f"lm-eval cannot load task '{task}': {str(error).strip().splitlines()[0]}") from error
                 for part, figures in found["results"].items():
                     metrics = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+                    samples = found["n-samples"].get(part, {}).get("effective")
                     yield {
                         "task": "harness",
                         "kind": part,
                         "cache": name,
                         "context": model.context,
-                        "accuracy": accuracy(metrics),
-                        "samples": found["n-samples"].get(part, {}).get("effective"),
+                        "accuracy": accuracy(metrics) if samples else None,
+                        "samples": samples,
                         "metrics": metrics,
                         **model.size,
                     }
