@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def main() -> None:
 
 def run() -> None:
     """What was asked for."""
-    from argus.commandline import Command, check, sweep_folder, sweeps
+    from argus.commandline import Command, check, sweeps
 
     command = Command.of(sys.argv[1:])
     with one_line():
@@ -108,11 +107,10 @@ def run() -> None:
         add_config_paths(paths)
         if command.runs:
             check(command)
-        sweep = sweeps(command)
-    if not sweep:
+        folder = sweeps(command)
+    if folder is None:
         job()
         return
-    folder = sweep_folder(command, datetime.now())
     sys.argv = [sys.argv[0], *command.into(folder)]
     job()
     from argus.sweep import summarize

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 INFORMATION = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
 VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--cfg", "-c"}
@@ -52,7 +51,9 @@ class Command:
         others = [
             word for flag, word in zip(flags, self.arguments, strict=False) if word.startswith("-") or flag in VALUED
         ]
-        return [*others, *self.overrides, f"hydra.sweep.dir={folder}"]
+        quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+        kept = [word for word in self.overrides if not word.startswith("hydra.sweep.dir=")]
+        return [*others, *kept, f"hydra.sweep.dir='{quoted}'"]
 
 
 def check(command: Command) -> None:
@@ -79,12 +80,16 @@ def check(command: Command) -> None:
         build(config.argus(), head_dim, text=TextFacts(line_ends=(0,)))
 
 
-def sweeps(command: Command) -> bool:
-    """Whether Hydra makes a sweep of it: asked for by a flag, or by ``hydra.mode``, as in an experiment."""
-    from argus.config import is_sweep
+def sweeps(command: Command) -> str | None:
+    """Where the runs of a sweep go; None where Hydra makes none of it, asked for neither by a flag nor by an experiment."""
+    from argus.config import sweep_of
 
-    words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith("hydra.mode=")]
-    return command.multirun or (command.runs and is_sweep(combinations(words)[0], command.folders))
+    if not command.runs:
+        return None
+    asked = ("hydra.mode=", "hydra.sweep.dir=")
+    words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith(asked)]
+    sweep, folder = sweep_of(combinations(words)[0], command.folders)
+    return folder if sweep or command.multirun else None
 
 
 def check_launcher(words: Sequence[str]) -> None:
@@ -131,9 +136,3 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     for place, values in enumerate(choices):
         runs += [[*first[:place], value, *first[place + 1 :]] for value in values[1:]]
     return runs
-
-
-def sweep_folder(command: Command, now: datetime) -> str:
-    """Where a sweep's runs go: as asked, or a folder named after `now`."""
-    asked = [word.split("=", 1)[1] for word in command.overrides if word.startswith("hydra.sweep.dir=")]
-    return asked[-1] if asked else f"multirun/{now:%Y-%m-%d/%H-%M-%S}"

@@ -205,8 +205,10 @@ def _searching(folders: Sequence[str]) -> Iterator[list[str]]:
         yield [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
 
 
-def is_sweep(overrides: Sequence[str], folders: Sequence[str] = ()) -> bool:
-    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does; `folders` as for :func:`compose`.
+def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does, and where one goes.
+
+    `folders` as for :func:`compose`.
 
     Raises
     ------
@@ -216,14 +218,15 @@ def is_sweep(overrides: Sequence[str], folders: Sequence[str] = ()) -> bool:
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
 
     with _searching(folders) as searched:
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched], return_hydra_config=True)
-        except HydraException as error:
+            return composed.hydra.mode == RunMode.MULTIRUN, str(composed.hydra.sweep.dir)
+        except (HydraException, OmegaConfBaseException) as error:
             message = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
             raise ConfigError(" ".join(message.split())) from error
-        return composed.hydra.mode == RunMode.MULTIRUN
 
 
 def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def runs_of(folder: Path) -> list[Path]:
         return re.sub(r"\d+", "", run.name)
 
     begun = (folder / "multirun.yaml").stat().st_mtime_ns if (folder / "multirun.yaml").exists() else 0
-    started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"*/{OVERRIDES}")}
+    started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"**/{OVERRIDES}")}
     runs = sorted(started, key=lambda run: (len(run.name), run.name))
     kinds = {kind(run) for run in runs if started[run] >= begun}
     earlier = [run for run in runs if started[run] < begun and kind(run) in kinds]
