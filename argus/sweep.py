@@ -88,20 +88,23 @@ def report_of(run: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
+def naming(run: Path) -> str:
+    """A run's folder without its number."""
+    return re.sub(r"\d+", "", run.name)
+
+
 def runs_of(folder: Path) -> list[Path]:
     """Folders of the runs of the last sweep in `folder`, in order; what an earlier, longer one left there is named.
 
     Hydra writes ``multirun.yaml`` when a sweep starts, and a run's overrides when that run starts, done before or not. Runs
     that a sweep with another ``hydra.sweep.subdir`` left there, as that of another program, belong to it.
     """
-    def kind(run: Path) -> str:
-        return re.sub(r"\d+", "", run.name)
-
     begun = (folder / "multirun.yaml").stat().st_mtime_ns if (folder / "multirun.yaml").exists() else 0
     started = {path.parents[1]: path.stat().st_mtime_ns for path in folder.glob(f"**/{OVERRIDES}")}
-    runs = sorted(started, key=lambda run: (len(run.name), run.name))
-    kinds = {kind(run) for run in runs if started[run] >= begun}
-    earlier = [run for run in runs if started[run] < begun and kind(run) in kinds]
+    depths = {len(run.parts) for run in started if started[run] >= begun}
+    runs = sorted((run for run in started if len(run.parts) in depths), key=lambda run: (len(run.name), run.name))
+    namings = {naming(run) for run in runs if started[run] >= begun}
+    earlier = [run for run in runs if started[run] < begun and naming(run) in namings]
     old = [run.name for run in earlier if (run / NAME).exists()]
     if old:
         print(f"argus: left out, runs of an earlier sweep in {folder}: {', '.join(old)}", file=sys.stderr, flush=True)

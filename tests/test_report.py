@@ -436,7 +436,7 @@ def test_a_row_is_looked_at_when_it_is_told() -> None:
 
 def test_runs_of_another_program_belong_to_a_sweep(tmp_path, capsys):
     """Those that it named otherwise; earlier ones of the same naming do not."""
-    for age, name in ((30, "0"), (30, "kvpress-0"), (0, "1")):
+    for age, name in ((30, "0"), (30, "kvpress-0"), (30, "multirun/of_others/a"), (0, "1")):
         run = tmp_path / name
         (run / ".hydra").mkdir(parents=True)
         (run / ".hydra" / "overrides.yaml").write_text(f"- tiers=int{len(name)}\n")
