@@ -22,6 +22,15 @@ FOLDERS = ("--config-dir", "-cd")
 """Flags of Hydra that name a folder of config groups."""
 
 
+def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, word in zip(("", *arguments), arguments, strict=False):
+        (flags if word.startswith("-") or before in VALUED else overrides).append(word)
+    return flags, overrides
+
+
 @dataclass(frozen=True)
 class Command:
     """What was asked for."""
@@ -36,21 +45,16 @@ class Command:
     def of(cls, arguments: Sequence[str]) -> Command:
         """Sort `arguments` into overrides and flags, as Hydra does."""
         flags = ("", *arguments)
-        overrides = tuple(
-            word for flag, word in zip(flags, arguments, strict=False) if not word.startswith("-") and flag not in VALUED
-        )
+        _, overrides = parted(arguments)
         multirun = any(word in ("-m", "--multirun") for word in arguments)
         runs = not any(word.split("=")[0] in INFORMATION for word in arguments)
         folders = [word for flag, word in zip(flags, arguments, strict=False) if flag in FOLDERS]
         folders += [word.split("=", 1)[1] for word in arguments if word.startswith(f"{FOLDERS[0]}=")]
-        return cls(tuple(arguments), overrides, multirun and runs, runs, tuple(folders))
+        return cls(tuple(arguments), tuple(overrides), multirun and runs, runs, tuple(folders))
 
     def into(self, folder: str) -> list[str]:
         """The arguments of a sweep into `folder`; Hydra takes overrides only if they stand together."""
-        flags = ("", *self.arguments)
-        others = [
-            word for flag, word in zip(flags, self.arguments, strict=False) if word.startswith("-") or flag in VALUED
-        ]
+        others, _ = parted(self.arguments)
         quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
         kept = [word for word in self.overrides if not word.startswith("hydra.sweep.dir=")]
         return [*others, *kept, f"hydra.sweep.dir='{quoted}'"]

@@ -111,8 +111,10 @@ class LayerCache:
 
     def _leave_inference(self) -> None:
         """Copy what is written in place, since what was made in inference mode may not be outside of it."""
+        if torch.is_inference_mode_enabled():
+            return
         written = (*self.window.tensors(), *(next(iter(slab.values())) for pool in self.pools for slab in pool.slabs))
-        if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in written):
+        if not any(tensor.is_inference() for tensor in written):
             return
         self.window.map(torch.Tensor.clone)
         for pool in self.pools:

@@ -102,7 +102,7 @@ class Steps(NamedTuple):
 
 
 def milliseconds(call: Callable[[int], object], device: str, steps: int, warm: int = WARM) -> Steps:
-    """Times of so many steps after the first, the GPU waited for after each."""
+    """Times of so many steps after the first `warm`, the GPU waited for after each."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     for number in range(warm + steps):

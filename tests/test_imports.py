@@ -120,7 +120,7 @@ def test_the_engine_names_no_tier():
     """No tier by class or by name, in code: stages are places."""
     from argus import plugins
 
-    tree = ast.Module([*TREES["argus.engine"].body, *TREES["argus.blocks"].body], [])
+    tree = ast.Module([line for name in ("engine", "blocks", "moves") for line in TREES[f"argus.{name}"].body], [])
     kinds = plugins.kinds(plugins.load(), "argus_tiers")
     documented = {
         id(node.body[0].value)
