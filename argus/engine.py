@@ -259,8 +259,8 @@ class LayerCache:
         size, n, held = self.plan.page_size, len(targets), len(self.where)
         start = self.window.start
         keys, values = (gate(to_pages(x, size)) for x in self.window.first(n * size))
-        # Tiers and policies may raise; from here on all is kept.
         born = bear(self.plan, keys, values, targets, start, known)
+        # Tiers and policies may have raised before; from here on all is kept.
         if born.kept is not None:
             self.exact.add(keys, values, start, born.kept)
         for role, x in zip(ROLES, (keys, values), strict=True):
