@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
-from argus.adapters.huggingface import ArgusCache, activate, deactivate, make_plan
+from argus.adapters.activation import activate, deactivate
+from argus.adapters.huggingface import ArgusCache, make_plan
 from argus.config import CacheConfig
 from argus.errors import ModelError
 from argus.plan import Plan
 
 
-def patch_model_with_argus(
-    model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None
-) -> Any:
+def patch_model_with_argus(model: Any, tiers: str | CacheConfig | Sequence[str] | None = None, tokenizer: Any = None) -> Any:
     """Make plain ``model.generate(...)`` and ``model(...)`` use an ARGUS cache.
 
     Parameters
@@ -51,9 +50,7 @@ def _generate(model: Any, generate: Callable[..., Any], plan: Plan, *args: Any, 
     return generate(*args, **kwargs)
 
 
-def _use_argus(
-    plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _use_argus(plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a forward pass an ARGUS cache where transformers would make one."""
     cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if cache is None and (model.config.use_cache if used is None else used) and not model.training:

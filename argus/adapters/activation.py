@@ -1,0 +1,88 @@
+"""Switching a model to ARGUS's attention and back. With any other cache it works as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from argus.adapters.functions import NAME, register
+from argus.adapters.graphs import Recorder
+from argus.adapters.models import facts
+from argus.adapters.transcript import UNKNOWN
+
+
+@runtime_checkable
+class Taking(Protocol):
+    """A cache that is told of each forward pass over it, and takes it."""
+
+    def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Note what a pass is about to write."""
+
+    def take(
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        recorder: Recorder,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run `forward`, the model's own, or what stands for it."""
+
+
+def activate(model: Any) -> None:
+    """Switch the attention of `model` to ARGUS's; what it does with other caches stays as it was.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot work with handles to its cache.
+    """
+    facts(model)
+    if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
+        return
+    if hasattr(model, "_argus_before"):
+        _let_go(model)
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    replaced = vars(model).get("forward")
+    forward = model.forward
+    model.forward = wraps(forward)(partial(_forward, model, forward, Recorder()))
+    model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
+
+
+def _let_go(model: Any) -> str:
+    """Undo :func:`activate`, but for the attention, whose former name is told."""
+    before, hook, replaced = model._argus_before
+    hook.remove()
+    del model._argus_before, model.forward
+    if replaced is not None:
+        model.forward = replaced
+    return str(before)
+
+
+def deactivate(model: Any) -> None:
+    """Undo :func:`activate`."""
+    if hasattr(model, "_argus_before"):
+        model.set_attn_implementation(_let_go(model))
+
+
+def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Taking):
+        tokens, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        if tokens is None and embeddings is not None:
+            tokens = torch.full(embeddings.shape[:2], UNKNOWN, dtype=torch.int32, device=embeddings.device)
+        cache.note(tokens, kwargs.get("attention_mask"))
+
+
+def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+    """A model's ``forward``; with a cache that takes passes itself, as it does."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Taking):
+        return cache.take(model, forward, recorder, args, kwargs)
+    return forward(*args, **kwargs)
