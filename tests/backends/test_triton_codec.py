@@ -18,7 +18,7 @@ from argus.backends.triton import layout  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-SHAPES = [(64, 64), (64, 128), (128, 32), (64, 96), (24, 80), (48, 40)]
+SHAPES = [(64, 64), (64, 128), (128, 32), (64, 96), (64, 80), (24, 80), (48, 40)]
 
 
 def pages(page: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

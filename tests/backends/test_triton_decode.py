@@ -64,10 +64,12 @@ def test_choices_of_tuning(monkeypatch: pytest.MonkeyPatch, bits: int, registers
     Case(Affine(bits, "channel"), Affine(bits, "token"), counts=(3,), batch=1, heads=1, exact=False).check()
 
 
-@pytest.mark.parametrize("dim", [80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("dim", [48, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [1, 3, 4])
 def test_head_dims(dim: int, bits: int) -> None:
     case = Case(Affine(bits, "channel"), Affine(bits, "token"), dim=dim, counts=(2,), batch=1, groups=4, seed=dim)
+    [run] = case.backend.tables.of(case.segments).runs
+    assert launch.job_of(case.query, run).share == "codes"
     case.check()
 
 
@@ -235,6 +237,8 @@ def test_tables_follow_the_pages() -> None:
         ("int4-token", "int4-token", 8, 128),
         ("int4-token", "int4-token", 16, 64),
         ("plain", "int2-token", 2, 64),
+        ("int4-token", "int4-token", 4, 96),
+        ("int4-token", "int3-token", 32, 80),
     ],
 )
 def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: bool) -> None:
@@ -247,7 +251,7 @@ def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: boo
         marks = case.random(count, 2, 2, 64) > 1.0 if masked else None
         case.segments.append(Segment(*tiers, keys, values, positions, (first + count) * 64 - 1, 64, marks))
     [run] = case.backend.tables.of(case.segments).runs
-    assert launch.job_of(case.query, run).share == ("projected" if ratio > 2 else "any")
+    assert launch.job_of(case.query, run).share == ("projected" if ratio in (4, 8, 16) and dim % 64 == 0 else "any")
     mask = None
     if masked:
         mask = torch.rand(2, 1, 1, case.length, generator=case.generator).to(DEVICE) > 0.2

@@ -75,7 +75,7 @@ def test_forms(key: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     ("dim", "page", "groups", "steps"),
-    [(80, 24, 2, 1), (96, 64, 3, 3), (128, 128, 4, 4), (256, 64, 1, 1)],
+    [(80, 24, 2, 1), (80, 64, 4, 1), (96, 64, 3, 3), (128, 128, 4, 4), (256, 64, 1, 1)],
 )
 def test_shapes(dim: int, page: int, groups: int, steps: int) -> None:
     check(spiky("int4", "int2-token", dim=dim, page=page, groups=groups, steps=steps, batch=1, heads=1, counts=(1, 1)))

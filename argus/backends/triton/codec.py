@@ -66,8 +66,8 @@ def _pack(codes, out, TOKENS: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
         x = tl.reshape(codes, (NB, 4, 2, 2, 2, 2, D // 16, 2, 8))
         x = tl.permute(x, (0, 6, 3, 4, 7, 8, 1, 2, 5))
     else:
-        x = tl.reshape(codes, (NB, 8, 4, 2, 4, D // 32, 2, 4))
-        x = tl.permute(x, (0, 2, 5, 6, 3, 1, 4, 7))
+        x = tl.reshape(codes, (NB, 8, 4, 2, 4, D // 16, 4))
+        x = tl.permute(x, (0, 2, 5, 3, 1, 4, 6))
     words = _join(tl.reshape(x, (NB, N, 32, 4)), NB, N, 4, 8)
     if BITS & 8:
         _pack_plane(words, out, 0, 8, NB, N, STRIDE)
@@ -114,8 +114,8 @@ def _unpack(base, TOKENS: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, D: 
         x = tl.reshape(x, (NB, D // 16, 2, 2, 2, 8, 4, 2, 2))
         x = tl.permute(x, (0, 6, 7, 2, 3, 8, 1, 4, 5))
     else:
-        x = tl.reshape(x, (NB, 4, D // 32, 2, 2, 8, 4, 4))
-        x = tl.permute(x, (0, 5, 1, 4, 6, 2, 3, 7))
+        x = tl.reshape(x, (NB, 4, D // 16, 2, 8, 4, 4))
+        x = tl.permute(x, (0, 4, 1, 3, 5, 2, 6))
     return tl.reshape(x, (P, D))
 
 

@@ -123,13 +123,21 @@ def _word(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TO: tl.co
     return x
 
 
+@triton.constexpr_function
+def _steps(dim):
+    """Instructions that sum over channels, 32 each, the last of them over 16 where there are no more."""
+    return (dim + 31) // 32
+
+
 @triton.jit
-def _operand(words, R: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TO: tl.constexpr):
-    """Words 4 R to 4 R + 3: an A operand."""
-    return (
-        _word(words, 4 * R, BITS, D, TO), _word(words, 4 * R + 1, BITS, D, TO),
-        _word(words, 4 * R + 2, BITS, D, TO), _word(words, 4 * R + 3, BITS, D, TO),
-    )  # fmt: skip
+def _operand(words, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TO: tl.constexpr):
+    """Words FIRST to FIRST + 3, an A operand; of COUNT 2 zeros for the others."""
+    near = (_word(words, FIRST, BITS, D, TO), _word(words, FIRST + 1, BITS, D, TO))
+    if COUNT == 4:
+        far = (_word(words, FIRST + 2, BITS, D, TO), _word(words, FIRST + 3, BITS, D, TO))
+    else:
+        far = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
+    return near + far
 
 
 @triton.jit
@@ -150,21 +158,26 @@ def _fold(q_at, scales, zeros, signed, part, D: tl.constexpr, SYMMETRIC: tl.cons
     y = ()
     size = tl.zeros((32,), tl.float32)
     offset = tl.zeros((32,), tl.float32)
-    for s in tl.static_range(D // 32):
-        scale = _quarters(scales + s * 16)
+    for s in tl.static_range(_steps(D)):
+        # Where channels are an odd number of 16s, the last step has no second half: its lanes fold zeros.
+        back = part * 4 if 32 * s + 32 > D else 0
+        scale = _quarters(scales + s * 16 - back * 2)
         if not SYMMETRIC:
-            zero = _quarters(zeros + s * 16)
+            zero = _quarters(zeros + s * 16 - back * 2)
         if ANY:
             zero = (
                 tl.where(signed, scale[0] * -128.0, zero[0]), tl.where(signed, scale[1] * -128.0, zero[1]),
                 tl.where(signed, scale[2] * -128.0, zero[2]), tl.where(signed, scale[3] * -128.0, zero[3]),
             )  # fmt: skip
-        q = _reload4(q_at + s * 32)
+        q = _reload4(q_at + s * 32 - back * 4)
         for j in tl.static_range(4):
-            one = q[j].to(tl.float32, bitcast=True) * scale[j]
+            number = q[j].to(tl.float32, bitcast=True)
+            if 32 * s + 32 > D:
+                number = tl.where(part == 0, number, 0.0)
+            one = number * scale[j]
             size = tl.maximum(size, tl.abs(one))
             if not SYMMETRIC:
-                offset += q[j].to(tl.float32, bitcast=True) * zero[j]
+                offset += number * zero[j]
             y = y + (one,)
     size = tl.maximum(size, _xor(size, 1))
     size = tl.maximum(size, _xor(size, 2))
@@ -179,7 +192,7 @@ def _fold(q_at, scales, zeros, signed, part, D: tl.constexpr, SYMMETRIC: tl.cons
     first = part == 0
     flip = tl.where(first, 0, 0x80808080 - (1 << 32)).to(tl.int32)
     b = ()
-    for s in tl.static_range(D // 32):
+    for s in tl.static_range(_steps(D)):
         y0 = _bits(y[4 * s] * inverse)
         y1 = _bits(y[4 * s + 1] * inverse)
         y2 = _bits(y[4 * s + 2] * inverse)
@@ -277,8 +290,10 @@ def _codes_share(
         x = ()
         for i in tl.static_range(4):
             c = zero4
-            for s in tl.static_range(D // 32):
-                a = _operand(keys, i * (D // 32) + s, KBITS, D, _place((i + 1) * (D // 8) - 1, KBITS, D))
+            for s in tl.static_range(_steps(D)):
+                a = _operand(
+                    keys, i * (D // 8) + 4 * s, 2 if 32 * s + 32 > D else 4, KBITS, D, _place((i + 1) * (D // 8) - 1, KBITS, D)
+                )
                 c = _mma(a, b[2 * s], b[2 * s + 1], c, KSYM)
             # The lane's numbers times its row's, for codes at this place.
             factor = unscale * _unit((i + 1) * (D // 8) - 1, KBITS, D)
@@ -348,8 +363,8 @@ def _codes_share(
             weigh = weigh + (_transposed(pair ^ (0x80800000 - (1 << 32))),)
         new = ()
         for i in tl.static_range(D // 16):
-            o = _mma(_operand(values, 2 * i, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[0], weigh[1], zero4, VSYM)
-            o = _mma(_operand(values, 2 * i + 1, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[2], weigh[3], o, VSYM)
+            o = _mma(_operand(values, 8 * i, 4, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[0], weigh[1], zero4, VSYM)
+            o = _mma(_operand(values, 8 * i + 4, 4, VBITS, D, _place(8 * i + 7, VBITS, D)), weigh[2], weigh[3], o, VSYM)
             factor = unscale * _unit(8 * i + 7, VBITS, D)
             new = new + (
                 acc[2 * i] * keep + (o[0] * 256 + o[1]).to(tl.float32) * factor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from argus.backends.triton.reading import _addresses, _page_tile
+from argus.backends.triton.reading import _addresses, _page_tile, _projected_tile
 from argus.backends.triton.tile_outliers import AT_ONCE, _more_answers, _more_scores, _outliers_at, _row_of
 
 
@@ -53,14 +53,19 @@ def _capped(s, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _advance(s, v, m, total, acc, WIDE: tl.constexpr):
-    """Online softmax by a tile of base-2 scores [R, T] and values [T, D]; and the tile's weights [R, T]."""
+def _weighed(s, m, total, acc):
+    """Online softmax by a tile of base-2 scores [R, T]: the largest so far, sums in its measure, and weights [R, T]."""
     best = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(best == float("-inf"), 0.0, best)
     p = tl.exp2(s - safe[:, None])
     keep = tl.exp2(m - safe)
-    total = total * keep + tl.sum(p, 1)
-    acc = acc * keep[:, None]
+    return best, total * keep + tl.sum(p, 1), acc * keep[:, None], p
+
+
+@triton.jit
+def _advance(s, v, m, total, acc, WIDE: tl.constexpr):
+    """:func:`_weighed`, and the tile's values [T, D] added."""
+    best, total, acc, p = _weighed(s, m, total, acc)
     if WIDE:
         acc = tl.dot(p, v, acc, input_precision="ieee")
     else:
@@ -90,7 +95,7 @@ def _pages_kernel(
     VKIND: tl.constexpr, VBITS: tl.constexpr, VTOKENS: tl.constexpr, VG: tl.constexpr, VSYMMETRIC: tl.constexpr,
     VFRAGMENTS: tl.constexpr, VROWS: tl.constexpr, VTURNED: tl.constexpr, VEXACT: tl.constexpr,
     KELEMENT: tl.constexpr, VELEMENT: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
-    KWIDE: tl.constexpr, VWIDE: tl.constexpr, FIELDS: tl.constexpr,
+    KWIDE: tl.constexpr, VWIDE: tl.constexpr, FIELDS: tl.constexpr, ALIGNED: tl.constexpr,
     k_own=None, v_own=None, k_matrix=None, v_matrix=None, k_factor=1.0, v_factor=1.0, k_turn=None, v_turn=None,
     k_kept=None, v_kept=None, KLOAD: tl.constexpr = None, VLOAD: tl.constexpr = None,
 ):  # fmt: skip
@@ -123,13 +128,22 @@ def _pages_kernel(
         if EXACT:
             marks = tl.load(row_of + 6).to(tl.pointer_type(tl.uint8)) + inner * P
             held = held & (tl.load(marks + tok, mask=tok < P, other=1) == 0)
-        codes = _addresses(row_of, False)
+        codes = _addresses(row_of, ALIGNED)
         mean = tl.load(row_of + 7)
-        k = _page_tile(
-            codes, mean, k_own, k_matrix, k_factor, tok, ch, inner, P, D, KROWS,
-            KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
-        )  # fmt: skip
-        s = _scores(q, k, KWIDE, KKIND == 0 and KROWS == 0)
+        if KROWS:
+            # Answered where they are projected: there are fewer rows than tokens.
+            k, back, means = _projected_tile(
+                codes, mean, k_own, k_matrix, tok, ch, inner, P, D, KROWS,
+                KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
+            )  # fmt: skip
+            s = tl.dot(_scores(q, k, KWIDE, False), tl.trans(back), input_precision="tf32x3") * k_factor
+            s += tl.sum(q * means[None, :], 1)[:, None]
+        else:
+            k = _page_tile(
+                codes, mean, k_own, k_matrix, k_factor, tok, ch, inner, P, D, KROWS,
+                KKIND, KBITS, KTOKENS, KG, KSYMMETRIC, KFRAGMENTS, KELEMENT, KLOAD,
+            )  # fmt: skip
+            s = _scores(q, k, KWIDE, KKIND == 0)
         if KEXACT:
             at, last = _row_of(k_kept[0], (position // P - k_first) * tl.num_programs(1) + inner)
             for n in range(at, last, AT_ONCE):
@@ -140,13 +154,22 @@ def _pages_kernel(
                 s = _more_scores(s, q_ptr, row, R, delta, token, channel, there, begin, D, TB, KWIDE)
         s = _capped(s, cap, CAPPED)
         s = _seen_by(row, position + tok, held, mask_ptr, mask_row, mask_key, lowest, start, S, MASK, s)
-        codes = _addresses(row_of + 3, False)
+        codes = _addresses(row_of + 3, ALIGNED)
         mean = tl.load(row_of + 8)
-        v = _page_tile(
-            codes, mean, v_own, v_matrix, v_factor, tok, ch, inner, P, D, VROWS,
-            VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
-        )  # fmt: skip
-        m, total, acc, p = _advance(s, v, m, total, acc, VWIDE)
+        if VROWS:
+            v, back, means = _projected_tile(
+                codes, mean, v_own, v_matrix, tok, ch, inner, P, D, VROWS,
+                VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
+            )  # fmt: skip
+            m, total, acc, p = _weighed(s, m, total, acc)
+            mixed = tl.dot(p, back, input_precision="tf32x3") * v_factor
+            acc = tl.dot(mixed, v, acc, input_precision="ieee" if VWIDE else "tf32x3") + tl.sum(p, 1)[:, None] * means[None, :]
+        else:
+            v = _page_tile(
+                codes, mean, v_own, v_matrix, v_factor, tok, ch, inner, P, D, VROWS,
+                VKIND, VBITS, VTOKENS, VG, VSYMMETRIC, VFRAGMENTS, VELEMENT, VLOAD,
+            )  # fmt: skip
+            m, total, acc, p = _advance(s, v, m, total, acc, VWIDE)
         if VEXACT:
             at, last = _row_of(v_kept[0], (position // P - v_first) * tl.num_programs(1) + inner)
             for n in range(at, last, AT_ONCE):

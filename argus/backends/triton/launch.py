@@ -324,8 +324,8 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
         run.pages, tuning.over(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
         P=run.page, D=dim, DB=tuning.power(dim), RB=max(16, tuning.power(rows)), TB=tile,
-        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, **facts,
-        **tuning.options(dim, rows),
+        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, ALIGNED=run.aligned, **facts,
+        **tuning.options(dim, rows, True),
     )  # fmt: skip
     forms.turn_back(run.value_form, work.out[:, slot : slot + splits])
 
@@ -345,7 +345,7 @@ def _answer_dense(query: Query, job: Job, work: Workspace, slot: int) -> None:
         *mask.strides, mask.lowest, query.softcap or 0.0,
         dim, tuning.power(dim), max(16, tuning.power(rows)), tile,
         part.positions is not None, mask.kind, query.softcap is not None, keys.dtype == torch.float32,
-        **tuning.options(dim, rows),
+        **tuning.options(dim, rows, False),
     )  # fmt: skip
 
 

@@ -1,14 +1,14 @@
 """The order in which this backend stores codes: plain torch, the reference of the kernels that read and write it.
 
-Pages whose tokens are a multiple of 64 and whose head_dim is a multiple of 32 are kept in *fragment order*: what a lane of
+Pages whose tokens are a multiple of 64 and whose head_dim is one of 16, from 32 on, are kept in *fragment order*: what a lane of
 a warp needs for the integer tensor core instruction ``mma.m16n8k32`` (PTX ISA 9.7.14, matrix fragments) lies together, in
 16-byte pieces, coalesced over the lanes, so that a mask is all that stands between a load and the tensor core. Other pages
 are kept as the CPU backend keeps them (*planar*).
 
 A block of 64 tokens and ``D`` channels is ``D / 2`` *words* a lane, four codes each; lane ``4 * g + t``, ``g < 8``, ``t < 4``:
 
-- axis ``channel`` (the tensor core sums over channels): word ``(i, s, h, a)``, ``i < 4``, ``s < D / 32``, ``h, a < 2``,
-  byte ``c`` is the code of token ``8 g + 2 i + a`` and channel ``t D / 4 + 8 s + 4 h + c``;
+- axis ``channel`` (the tensor core sums over channels): word ``(i, S, a)``, ``i < 4``, ``S < D / 16``, ``a < 2``, byte ``c``
+  is the code of token ``8 g + 2 i + a`` and channel ``t D / 4 + 4 S + c``; an instruction takes two ``S = 2 s + h``;
 - axis ``token`` (it sums over tokens): word ``(i, s, h, a)``, ``i < D / 16``, ``s, h, a < 2``, byte ``c`` is the code of
   token ``16 t + 8 (c / 2) + 4 s + 2 h + c % 2`` and channel ``16 i + 8 a + g``.
 
@@ -32,7 +32,7 @@ LANES = 32
 
 def in_fragments(page: int, dim: int) -> bool:
     """Whether pages of this shape are kept in fragment order."""
-    return page % BLOCK == 0 and dim % 32 == 0
+    return page % BLOCK == 0 and dim % 16 == 0 and dim >= 32
 
 
 def vector(words: int) -> int:
@@ -45,8 +45,8 @@ def to_words(codes: Tensor, axis: Axis) -> Tensor:
     dim = codes.shape[-1]
     head = codes.shape[:-2]
     if axis == "channel":
-        x = codes.reshape(-1, 8, 4, 2, 4, dim // 32, 2, 4)  # block, g, i, a, t, s, h, c
-        x = x.permute(0, 2, 5, 6, 3, 1, 4, 7)  # block, i, s, h, a, g, t, c
+        x = codes.reshape(-1, 8, 4, 2, 4, dim // 16, 4)  # block, g, i, a, t, S, c
+        x = x.permute(0, 2, 5, 3, 1, 4, 6)  # block, i, S, a, g, t, c
     else:
         x = codes.reshape(-1, 4, 2, 2, 2, 2, dim // 16, 2, 8)  # block, t, c / 2, s, h, c % 2, i, a, g
         x = x.permute(0, 6, 3, 4, 7, 8, 1, 2, 5)  # block, i, s, h, a, g, t, c / 2, c % 2
@@ -58,7 +58,7 @@ def from_words(words: Tensor, axis: Axis) -> Tensor:
     dim = 2 * words.shape[-3]
     head = words.shape[:-4]
     if axis == "channel":
-        x = words.reshape(-1, 4, dim // 32, 2, 2, 8, 4, 4).permute(0, 5, 1, 4, 6, 2, 3, 7)
+        x = words.reshape(-1, 4, dim // 16, 2, 8, 4, 4).permute(0, 4, 1, 3, 5, 2, 6)
     else:
         x = words.reshape(-1, dim // 16, 2, 2, 2, 8, 4, 2, 2).permute(0, 6, 7, 2, 3, 8, 1, 4, 5)
     return x.reshape(*head, -1, dim)

@@ -30,7 +30,7 @@ def _fragment(tok, ch, TOKENS: tl.constexpr, D: tl.constexpr):
     else:
         c = ch % (D // 4)
         lane = (u // 8) * 4 + ch // (D // 4)
-        word = (((u % 8) // 2 * (D // 32) + c // 8) * 2 + (c % 8) // 4) * 2 + u % 2
+        word = ((u % 8) // 2 * (D // 16) + c // 4) * 2 + u % 2
         byte = c % 4
     return lane, word, byte
 
@@ -75,11 +75,20 @@ def _tile(
         base = codes.to(tl.pointer_type(ELEMENT)) + inner * P * D
         x = tl.load(base + tok * D + ch, mask=seen, other=0.0).to(tl.float32)
     else:
-        if TOKENS:
+        # What all channels of a token share is loaded once, and what all tokens of a channel do.
+        if TOKENS and G == D:
+            at = inner * P + tok
+            there = tok < P
+        elif TOKENS:
             at = inner * (P * (D // G)) + tok * (D // G) + ch // G
+            there = seen
+        elif G == P:
+            at = inner * D + ch
+            there = ch < D
         else:
             at = inner * (P // G * D) + (tok // G) * D + ch
-        scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
+            there = seen
+        scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + at, mask=there, other=0.0).to(tl.float32)
         base = codes.to(tl.pointer_type(tl.uint8)) + inner * (P * D * BITS // 8)
         if KIND == 1:
             x = _e4m3(tl.load(base + tok * D + ch, mask=seen, other=0).to(tl.int32)) * (scale * 256.0)
@@ -89,7 +98,8 @@ def _tile(
                 code = (code << 24) >> 24
             x = code.to(tl.float32) * scale
             if not SYMMETRIC:
-                x += tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=seen, other=0.0).to(tl.float32)
+                x += tl.load(zeros.to(tl.pointer_type(tl.float16)) + at, mask=there, other=0.0).to(tl.float32)
+                x = tl.where(seen, x, 0.0)
     return x
 
 
@@ -109,6 +119,27 @@ def _addresses(row_of, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _projected_tile(
+    page, mean, own, matrix, tok, ch, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FRAGMENTS: tl.constexpr, ELEMENT: tl.constexpr, LOAD: tl.constexpr,
+):  # fmt: skip
+    """Of a projected page and head: coefficients ``[M, N]``, the matrix ``[T, M]`` back to `tok`, and means ``[N]``, float32.
+
+    Of M rows, a power of two, those beyond ROWS are 0.
+    """
+    row = tl.arange(0, _power(ROWS))
+    held = row < ROWS
+    c = _tile(
+        page[0], page[1], page[2], own, row[:, None], ch[None, :], held[:, None] & (ch < D)[None, :], inner, ROWS, D,
+        KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, LOAD,
+    )  # fmt: skip
+    back = tl.load(matrix + row[None, :] * P + tok[:, None], mask=held[None, :] & (tok < P)[:, None], other=0.0)
+    means = tl.load(mean.to(tl.pointer_type(tl.float16)) + inner * D + ch, mask=ch < D, other=0.0).to(tl.float32)
+    return c, back, means
+
+
+@triton.jit
 def _page_tile(
     page, mean, own, matrix, factor, tok, ch, inner, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -120,14 +151,10 @@ def _page_tile(
     """
     seen = (tok < P)[:, None] & (ch < D)[None, :]
     if ROWS:
-        row = tl.arange(0, _power(ROWS))
-        held = row < ROWS
-        c = _tile(
-            page[0], page[1], page[2], own, row[:, None], ch[None, :], held[:, None] & (ch < D)[None, :], inner, ROWS, D,
+        c, back, means = _projected_tile(
+            page, mean, own, matrix, tok, ch, inner, P, D, ROWS,
             KIND, BITS, TOKENS, G, SYMMETRIC, FRAGMENTS, ELEMENT, LOAD,
         )  # fmt: skip
-        back = tl.load(matrix + row[None, :] * P + tok[:, None], mask=held[None, :] & (tok < P)[:, None], other=0.0)
-        means = tl.load(mean.to(tl.pointer_type(tl.float16)) + inner * D + ch, mask=ch < D, other=0.0).to(tl.float32)
         x = tl.where(seen, tl.dot(back, c, input_precision="tf32x3") * factor + means[None, :], 0.0)
     else:
         x = _tile(

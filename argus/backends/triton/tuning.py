@@ -53,9 +53,9 @@ def tile(dim: int, rows: int) -> int:
     return 32 if dim > 128 or rows > 32 else 64
 
 
-def options(dim: int, rows: int) -> dict[str, int]:
-    """Warps and stages of the kernel for any form."""
-    return {"num_warps": 8 if dim > 128 or rows > 32 else 4, "num_stages": 1}
+def options(dim: int, rows: int, decoded: bool) -> dict[str, int]:
+    """Warps and stages of the kernels for any form and for any exact tokens; `decoded`: of the first."""
+    return {"num_warps": 8 if dim > 128 or rows > 32 else 2 if decoded else 4, "num_stages": 1}
 
 
 def splits(units: int, heads: int, per_program: int, processors: int, resident: int) -> int:
