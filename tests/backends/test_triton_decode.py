@@ -91,6 +91,15 @@ def test_exact_dtypes(dtype: torch.dtype) -> None:
     case.check(bound=1e-5 if dtype == torch.float32 else BOUND)
 
 
+@pytest.mark.parametrize("dim", [32, 48, 80, 96, 112])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_of_16_bits_of_other_head_dims(dim: int, dtype: torch.dtype) -> None:
+    case = Case(Plain(), Plain(), dim=dim, dtype=dtype, exact=True, groups=3, counts=(9,), seed=dim)
+    [run] = case.backend.tables.of(case.segments).runs
+    assert [launch.job_of(case.query, part).share for part in (run, *case.dense)] == ["pages", "dense", "dense"]
+    case.check()
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", ["padding", "per-head", "additive", "additive-min"])
 def test_masks(kind: str, steps: int) -> None:
@@ -139,7 +148,8 @@ def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "known"), [(64, torch.float16, True), (80, torch.float16, False), (64, torch.float32, False)]
+    ("dim", "dtype", "known"),
+    [(64, torch.float16, True), (80, torch.float16, True), (72, torch.float16, False), (64, torch.float32, False)],
 )
 def test_what_can_be_recorded(dim: int, dtype: torch.dtype, known: bool) -> None:
     """Steps of tokens that tensor cores take, over pages that a kernel reads, on a GPU."""

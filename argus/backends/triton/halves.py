@@ -3,7 +3,8 @@
 Products run on ``mma.m16n8k16`` with float32 sums. Queries and weights go in two 16-bit parts, high and low, in neighbouring
 columns, so that neither is rounded; codes times their scale are rounded to FP16. Tokens are the M side of the first
 product; values, read along channels, are paired token by token for the second. Lane ``4 g + t`` answers row ``t`` for tokens
-``8 i + g``.
+``8 i + g``, in channels ``64 h + 8 g`` and the seven that follow, and of channels beyond the last 64 in an eighth, from ``g``
+eighths on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from argus.backends.triton.lanes import (
     _floats,
     _from_e4m3,
     _from_int8,
+    _load1,
     _load2,
     _load4,
     _mma16,
@@ -52,11 +54,46 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
 
 @triton.jit
 def _channels(at, D: tl.constexpr):
-    """Of D float32 eight of every 32 from one address a lane, where lanes that differ in t are eight channels apart."""
+    """Of D float32 eight of every 32 from one address a lane, where lanes that differ in t are eight channels apart.
+
+    Of 16 that are left lanes of t from 2 on have zeros.
+    """
     x = ()
     for i in tl.static_range(D // 32):
         x = x + _floats(at + i * 128, 8)
+    if D % 32:
+        beyond = tl.arange(0, 32) % 4 >= 2
+        left = _floats(at + (D // 32 * 128 - tl.where(beyond, 64, 0)), 8)
+        for i in tl.static_range(8):
+            x = x + (tl.where(beyond, 0.0, left[i]),)
     return x
+
+
+@triton.jit
+def _key_words(token_at, t, D: tl.constexpr):
+    """Of a token's D 16-bit numbers those that are multiplied by what :func:`_channels` has; of others, any."""
+    words = ()
+    for n in tl.static_range(D // 32):
+        words = words + (_stream4(token_at + (n * 64 + t * 16)),)
+    if D % 32:
+        words = words + (_stream4(token_at + (D // 32 * 64 + t % 2 * 16)),)
+    return words
+
+
+@triton.jit
+def _value_words(token_at, g, D: tl.constexpr):
+    """Of a token's D 16-bit numbers those of lanes g, in D / 16 words."""
+    words = ()
+    for n in tl.static_range(D // 64):
+        words = words + _stream4(token_at + (n * 128 + g * 16))
+    LEFT: tl.constexpr = D % 64 // 16
+    left_at = token_at + (D // 64 * 128 + g * (4 * LEFT))
+    if LEFT == 2:
+        words = words + _load2(left_at)
+    else:
+        for i in tl.static_range(LEFT):
+            words = words + (_load1(left_at + 4 * i),)
+    return words
 
 
 @triton.jit
@@ -73,7 +110,7 @@ def _in_parts(q, D: tl.constexpr, BF16: tl.constexpr):
     """What :func:`_query_rows` has as the second factor of products with tokens: high parts in a column, low in the next."""
     part = tl.arange(0, 32) // 4 % 2
     b = ()
-    for i in tl.static_range(D // 8):
+    for i in tl.static_range((D + 31) // 32 * 4):
         high0, rest0 = _short(q[2 * i], BF16)
         high1, rest1 = _short(q[2 * i + 1], BF16)
         low0, none = _short(rest0, BF16)
@@ -112,7 +149,7 @@ def _halves_share(
         acc = acc + (zero4,)
     UNIT: tl.constexpr = 16 * U
     PER_PAGE: tl.constexpr = P // UNIT
-    W: tl.constexpr = D // 64
+    KW: tl.constexpr = (D + 31) // 32
     if KEXACT or VEXACT:
         k_exact, v_exact = _exact_rows(source, begin_unit // PER_PAGE, inner, P, KEXACT, VEXACT)
     for unit in range(begin_unit, end_unit):
@@ -145,22 +182,22 @@ def _halves_share(
             token = begin + 8 * i + g
             if DENSE:
                 token = tl.minimum(token, end - 1)
-            for n in tl.static_range(D // 32):
-                if CODED:
+            if CODED:
+                for n in tl.static_range(KW):
                     keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG, DENSE),)
-                else:
-                    keys = keys + (_stream4(k_from + token.to(tl.int64) * k_token + (n * 64 + t * 16)),)
+            else:
+                keys = keys + _key_words(k_from + token.to(tl.int64) * k_token, t, D)
         values = ()
         for i in tl.static_range(2 * U):
             for j in tl.static_range(2):
                 token = begin + 8 * i + 2 * t + j
                 if DENSE:
                     token = tl.minimum(token, end - 1)
-                for n in tl.static_range(W):
-                    if CODED:
-                        values = values + (_eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG, DENSE),)
-                    else:
-                        values = values + (_stream4(v_from + token.to(tl.int64) * v_token + (n * 128 + g * 16)),)
+                if CODED:
+                    for n in tl.static_range(D // 64):
+                        values = values + _eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG, DENSE)
+                else:
+                    values = values + _value_words(v_from + token.to(tl.int64) * v_token, g, D)
         if KEXACT or VEXACT:
             following = tl.minimum(unit + 1, end_unit - 1) // PER_PAGE
             next_exact = _exact_rows(source, following, inner, P, KEXACT, VEXACT)
@@ -171,9 +208,9 @@ def _halves_share(
         x = ()
         for s in tl.static_range(U):
             c = zero4
-            for i in tl.static_range(D // 32):
-                even = keys[2 * s * (D // 32) + i]
-                odd = keys[(2 * s + 1) * (D // 32) + i]
+            for i in tl.static_range(KW):
+                even = keys[2 * s * KW + i]
+                odd = keys[(2 * s + 1) * KW + i]
                 c = _mma16(even[0], odd[0], even[1], odd[1], b[4 * i], b[4 * i + 1], c, BF16)
                 c = _mma16(even[2], odd[2], even[3], odd[3], b[4 * i + 2], b[4 * i + 3], c, BF16)
             x = x + (c[0] + c[1], c[2] + c[3])
@@ -219,22 +256,21 @@ def _halves_share(
             if VEXACT:
                 shares = shares + (_weights(p, False),)
         new = ()
-        for h in tl.static_range(D // 64):
-            for j in tl.static_range(4):
-                old = acc[4 * h + j]
-                c = (old[0] * keep, old[1] * keep, old[2] * keep, old[3] * keep)
-                for s in tl.static_range(U):
-                    r0 = values[(4 * s) * W + h][j]
-                    r1 = values[(4 * s + 1) * W + h][j]
-                    r2 = values[(4 * s + 2) * W + h][j]
-                    r3 = values[(4 * s + 3) * W + h][j]
-                    lower = tl.full((32,), 0x5410, tl.int32)
-                    upper = tl.full((32,), 0x7632, tl.int32)
-                    c = _mma16(
-                        _bytes(r0, r1, lower), _bytes(r0, r1, upper), _bytes(r2, r3, lower), _bytes(r2, r3, upper),
-                        weigh[2 * s], weigh[2 * s + 1], c, BF16,
-                    )  # fmt: skip
-                new = new + (c,)
+        for j in tl.static_range(D // 16):
+            old = acc[j]
+            c = (old[0] * keep, old[1] * keep, old[2] * keep, old[3] * keep)
+            for s in tl.static_range(U):
+                r0 = values[(4 * s) * (D // 16) + j]
+                r1 = values[(4 * s + 1) * (D // 16) + j]
+                r2 = values[(4 * s + 2) * (D // 16) + j]
+                r3 = values[(4 * s + 3) * (D // 16) + j]
+                lower = tl.full((32,), 0x5410, tl.int32)
+                upper = tl.full((32,), 0x7632, tl.int32)
+                c = _mma16(
+                    _bytes(r0, r1, lower), _bytes(r0, r1, upper), _bytes(r2, r3, lower), _bytes(r2, r3, upper),
+                    weigh[2 * s], weigh[2 * s + 1], c, BF16,
+                )  # fmt: skip
+            new = new + (c,)
         acc = new
         if VEXACT:
             codes = (tl.load(row_of + 3), tl.load(row_of + 4), tl.load(row_of + 5))
@@ -255,9 +291,12 @@ def _halves_share(
     total = _sum(total)
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < where[2]
-    to = at[0].to(tl.int64) + (row * D + g * 8) * 4
-    for h in tl.static_range(D // 64):
-        for j in tl.static_range(4):
-            c = acc[4 * h + j]
-            _store2(to + (h * 64 + 2 * j) * 4, (c[0] + c[1]) / safe, (c[2] + c[3]) / safe, stored)
+    to = at[0].to(tl.int64) + row * (D * 4)
+    for j in tl.static_range(D // 16):
+        c = acc[j]
+        if j < D // 64 * 4:
+            place = g * 8 + (j // 4 * 64 + j % 4 * 2)
+        else:
+            place = g * (D % 64 // 8) + (D // 64 * 64 + (j - D // 64 * 4) * 2)
+        _store2(to + place * 4, (c[0] + c[1]) / safe, (c[2] + c[3]) / safe, stored)
     tl.store(at[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))

@@ -202,13 +202,13 @@ def in_codes(query: Query, run: Run) -> bool:
 
 def in_halves(dtype: torch.dtype, dim: int) -> bool:
     """Whether 16-bit tensor cores take tokens of this kind as they are."""
-    return dtype in (torch.float16, torch.bfloat16) and dim % 64 == 0
+    return dtype in (torch.float16, torch.bfloat16) and dim % 16 == 0 and dim >= 32
 
 
 def in_pages(run: Run, dim: int, unit: int) -> bool:
     """Whether 16-bit tensor cores answer for `run`, taking so many tokens at once."""
     forms = (run.key_form, run.value_form)
-    if run.page % unit or dim % 64:
+    if run.page % unit or (dim % 64 and (any(run.outlying) or not isinstance(run.key_form, Plain))):
         return False
     if all(isinstance(form, Float8) for form in forms):
         return all(_group(form, run.page, dim) % (8 if form.axis == "token" else unit) == 0 for form in forms)

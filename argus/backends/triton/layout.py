@@ -1,9 +1,9 @@
 """The order in which this backend stores codes: plain torch, the reference of the kernels that read and write it.
 
-Pages whose tokens are a multiple of 64 and whose head_dim is one of 16, from 32 on, are kept in *fragment order*: what a lane of
-a warp needs for the integer tensor core instruction ``mma.m16n8k32`` (PTX ISA 9.7.14, matrix fragments) lies together, in
-16-byte pieces, coalesced over the lanes, so that a mask is all that stands between a load and the tensor core. Other pages
-are kept as the CPU backend keeps them (*planar*).
+Pages whose tokens are a multiple of 64 and whose head_dim is one of 16, from 32 on, are kept in *fragment order*: what a lane
+of a warp needs for the integer tensor core instruction ``mma.m16n8k32`` (PTX ISA 9.7.14, matrix fragments) lies together, in
+16-byte pieces where there are as many, coalesced over the lanes, so that a mask is all that stands between a load and the
+tensor core. Other pages are kept as the CPU backend keeps them (*planar*).
 
 A block of 64 tokens and ``D`` channels is ``D / 2`` *words* a lane, four codes each; lane ``4 * g + t``, ``g < 8``, ``t < 4``:
 
