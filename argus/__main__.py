@@ -41,7 +41,7 @@ def add_config_paths(paths: Sequence[str]) -> None:
 def job(composed: DictConfig) -> None:
     """One run of one composed config. In a sweep a run that is done is not run again, and one that fails stops no other."""
     from argus.config import RunConfig, validate
-    from argus.runner import execute
+    from argus.runner import choose, execute
     from argus.sweep import is_done
 
     settings = HydraConfig.get()
@@ -49,7 +49,7 @@ def job(composed: DictConfig) -> None:
     with one_line(folder if sweep else None):
         data: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         config = validate(RunConfig, data)
-        if sweep and is_done(folder, config):
+        if sweep and is_done(folder, config, choose(config).skipped):
             print(f"argus: {folder} has the report of this run already", file=sys.stderr, flush=True)
         else:
             execute(config, folder)

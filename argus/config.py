@@ -244,6 +244,7 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+    from yaml import YAMLError
 
     with _searching(folders) as searched:
         try:
@@ -261,6 +262,8 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[
             raise ConfigError(" ".join(str(error).split())) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+        except YAMLError as error:
+            raise ConfigError(f"a config file is no YAML: {' '.join(str(error).split())}") from error
         except (TypeError, ValueError) as error:  # Hydra does not look at the type of a value before it uses it.
             message = _no_choice(overrides, searched) or f"{' '.join(overrides)}: {error}"
             raise ConfigError(" ".join(message.split())) from error

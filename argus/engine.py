@@ -35,6 +35,8 @@ class LayerCache:
     reach : int or None
     patient : bool
         Whether pages that no query will see are held until :meth:`forget`, so that any number of tokens can be cropped before.
+    unsure : int
+        Newest tokens that the next crop may take back, which let no page leave the window.
     window : Window
         The newest tokens.
     pools : list of Pool
@@ -74,6 +76,7 @@ class LayerCache:
         self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self.value_dim = 0
+        self.unsure = 0
         self.blocks = Blocks(plan)
 
     @property
@@ -90,7 +93,7 @@ class LayerCache:
     @property
     def due(self) -> int:
         """Pages that the next :meth:`age` lets leave the window."""
-        pages = max(0, len(self.window) - self.plan.window) // self.plan.page_size
+        pages = max(0, len(self.window) - self.unsure - self.plan.window) // self.plan.page_size
         return pages if pages >= self.plan.leaving else 0
 
     def write(self, keys: Tensor, values: Tensor) -> None:
@@ -108,6 +111,7 @@ class LayerCache:
         self._leave_inference()
         self.shape, self.value_dim = shape, value_dim
         self.window.append(keys, values)
+        self.unsure = min(keys.shape[2], self.plan.page_size) if self.patient else 0
 
     def _leave_inference(self) -> None:
         """Copy what is written in place, since what was made in inference mode may not be outside of it."""
@@ -215,6 +219,7 @@ class LayerCache:
 
     def forget(self) -> None:
         """Forget the pages that no later query sees."""
+        self.unsure = 0
         self._leave_inference()
         self._forget()
         for pool in self.pools:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from argus.blocks import EXACT
+from argus.errors import PluginError
 from argus.pages import Slab, Window, smooth, to_pages
 from argus.plan import Plan
 from argus.policies.base import NewPages, salience
@@ -87,7 +88,12 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
         payload: Slab = {} if kept is None else {EXACT: kept[rows]}
         for role in ROLES:
             x = rests[role][rows] if len(rows) < len(targets) else rests[role]
-            payload |= {f"{role}.{name}": tensor for name, tensor in encode(plan, target, x, role).items()}
+            found = encode(plan, target, x, role)
+            for name, tensor in found.items():
+                if tuple(tensor.shape[:2]) != (len(rows), keys.shape[1]):
+                    said = f"stage '{plan.stages[target].facts.name}' keeps {role}.{name} as {list(tensor.shape)}"
+                    raise PluginError(f"{said}; allowed: [{len(rows)}, {keys.shape[1]}, ...], pages and batch rows first")
+            payload |= {f"{role}.{name}": tensor for name, tensor in found.items()}
         encoded.append((target, payload, rows))
     return Born(kept, outlying, encoded)
 

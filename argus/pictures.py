@@ -66,7 +66,11 @@ def draw_strip(cache: ArgusCache, path: Path) -> None:
 def draw_bytes(cache: ArgusCache, dense_bytes: int, path: Path) -> None:
     """Measured bytes of each stage and of all that is exact, beside the `dense_bytes` of an FP16 cache of the same tokens."""
     plan, ledger = cache.plan, cache.ledger()
-    names = {f"stage.{i}": stage.facts.name for i, stage in enumerate(plan.stages)}
+    own = {*ledger.parts, "FP16", "ARGUS"}
+    names = {
+        f"stage.{i}": f"{stage.facts.name} (stage)" if stage.facts.name in own else stage.facts.name
+        for i, stage in enumerate(plan.stages)
+    }
     palette = dict(zip(names.values(), colours(len(names)), strict=True))
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()

@@ -71,7 +71,7 @@ def document(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
         "device": device_name(run.device),
         "backend": run.plan.backend.name,
         "config": run.config.model_dump(mode="json"),
-        "budget": None if run.plan.match is None else asdict(run.plan.match),
+        "budget": {name: asdict(match) for name, match in budgets(run).items()} or None,
         "skipped": dict(run.skipped),
         "rows": list(rows),
     }
@@ -183,7 +183,9 @@ def figure(value: float) -> str:
 
 def combined(line: Sequence[Row], own: Sequence[str]) -> Row:
     """One row of several: the mean of tasks' own figures, and of anything else what the last tells."""
-    merged = {key: value for row in line for key, value in row.items()}
+    # Memory is of the text whose loss stands beside it.
+    ordered = sorted(line, key=lambda row: row.get("kl") is not None)
+    merged = {key: value for row in ordered for key, value in row.items()}
     for key in own:
         values = [row[key] for row in line if row.get(key) is not None]
         if values:
@@ -220,16 +222,21 @@ def cache_table(rows: Sequence[Row]) -> list[list[str]]:
     return drawn if lines else []
 
 
+def whole(mean: float) -> str:
+    """A mean of layers, of which some may hold what others do not."""
+    return f"{mean:.0f}" if float(mean).is_integer() else f"{mean:.1f}"
+
+
 def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
     """One line a stage."""
     return [
         [
             row["stage"] if row["stage"] == row["tier"] else f"{row['stage']} ({row['tier']})",
-            str(row["tokens"]),
+            whole(row["tokens"]),
             size(row["bytes"]),
             number(row["bits_per_value"], ".2f"),
             number(16 / row["bits_per_value"] if row["bits_per_value"] else None, ".2f"),
-            f"{row['pages']}",
+            whole(row["pages"]),
             number(row["cosine_keys"], ".4f"),
             number(row["cosine_values"], ".4f"),
         ]
@@ -270,6 +277,12 @@ def terminal(drawn: Table, folds: int = 0) -> Console:
     return Console(width=max(WIDTH, needed, console.width if console.is_terminal else 0))
 
 
+def budgets(run: Run) -> dict[str, Match]:
+    """How byte budgets were met, by cache."""
+    plans = {name: kind.plan(run) for name, kind in run.caches.items()}
+    return {name: plan.match for name, plan in plans.items() if plan is not None and plan.match is not None}
+
+
 def budget_line(match: Match) -> str:
     """How a byte budget was met, in one line."""
     pages = ", ".join(f"{name} {count}" for name, count in match.pages.items())
@@ -285,8 +298,8 @@ class Reporter(RunEvents):
         console = terminal(drawn)
         console.print(drawn)
         write(run.folder / NAME, document(run, rows))
-        if run.plan.match is not None:
-            console.print(budget_line(run.plan.match), soft_wrap=True)
+        for name, match in budgets(run).items():
+            console.print(f"{name}: {budget_line(match)}", soft_wrap=True)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
@@ -22,6 +23,8 @@ from argus.errors import ArgusError
 from argus.pictures import draw_pareto
 from argus.report import NAME, SCHEMA, Column, figure, head, number, own_figures, plain, terminal
 
+SPREADS = {"kl": ".4f", "dnll": ".4f", "accuracy": ".0%"}
+"""How the spread of quality is told."""
 QUALITY = (("kl", "KL, nats"), ("dnll", "change in NLL, nats"), ("accuracy", "accuracy"))
 COLUMNS: tuple[Column, ...] = (
     ("bits", "bits_per_value", ".2f"),
@@ -64,17 +67,31 @@ class Line:
     spreads: dict[str, float]
 
 
-def is_done(folder: Path, config: RunConfig) -> bool:
-    """Whether `folder` has the report of a run of just this config; a report of another one is removed.
+def is_done(folder: Path, config: RunConfig, skipped: Collection[str] = ()) -> bool:
+    """Whether `folder` has the report of a run of just this config that left out the same caches; another one is removed.
 
     A report is written last, whole or not at all, and holds the whole config: a run that was cut off has none, and one of
     other overrides, or of a file under conf/ that has changed since, has another config. A damaged one is removed too.
+
+    Raises
+    ------
+    ArgusError
+        If another run of this very sweep wrote it.
     """
     report = report_of(folder)
-    if report is not None and (report.get("schema"), report.get("config")) == (SCHEMA, json.loads(config.model_dump_json())):
+    wanted = (SCHEMA, json.loads(config.model_dump_json()), set(skipped))
+    if report is not None and (report.get("schema"), report.get("config"), set(report.get("skipped", ()))) == wanted:
         return True
+    if report is not None and is_of_this_sweep(folder):
+        raise ArgusError(f"{folder} has the report of another run of this sweep; allowed: a hydra.sweep.subdir for each run")
     (folder / NAME).unlink(missing_ok=True)
     return False
+
+
+def is_of_this_sweep(folder: Path) -> bool:
+    """Whether the report in `folder` was written after the sweep that runs now began."""
+    begun = Path(HydraConfig.get().sweep.dir) / "multirun.yaml" if HydraConfig.initialized() else None
+    return begun is not None and begun.exists() and (folder / NAME).stat().st_mtime_ns >= begun.stat().st_mtime_ns
 
 
 def report_of(run: Path) -> dict[str, Any] | None:
@@ -129,8 +146,9 @@ def lines(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[Line]
     for words, report in runs:
         reference = report["config"]["reference"]
         caches = list(dict.fromkeys(row["cache"] for row in report["rows"]))
-        setting = tuple(word for word in words if not word.startswith("seed="))
-        for cache in [cache for cache in caches if cache != reference] or caches:
+        setting = tuple(word for word in words if not word.lstrip("+").startswith("seed="))
+        compared = [cache for cache in caches if cache != reference]
+        for cache in compared or ([] if report.get("skipped") else caches):
             found.setdefault((setting, cache), []).append(figures(report, cache))
     names = distinguish([setting for setting, _ in found])
     several = len({cache for _, cache in found}) > 1
@@ -152,8 +170,11 @@ def figures(report: Mapping[str, Any], cache: str) -> dict[str, float]:
         if row["cache"] == cache and "stage" not in row
     ]
     out: dict[str, float] = {}
+    told = next((name for name, _ in QUALITY if any(row.get(name) is not None for row in rows)), None)
     for name in (*FIGURES, *own):
         having = [row for row in rows if row.get(name) is not None]
+        if name in ("bits_per_value", "compression") and told is not None:  # Of the very rows whose quality is told.
+            having = [row for row in having if row.get(told) is not None]
         longest = max((row["context"] for row in having), default=0)
         chosen = [row for row in having if row["context"] == longest]
         if chosen:
@@ -200,6 +221,11 @@ def summarize(folder: Path) -> None:
     if not done:
         raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
     found = lines([(overrides_of(run), report) for run, report in done.items()])
+    skipped = [pair for report in done.values() for pair in report.get("skipped", {}).items()]
+    for name, why in dict.fromkeys(skipped):
+        print(f"argus: not in the table, cache '{name}': {why}", file=sys.stderr, flush=True)
+    if not found:
+        raise ArgusError(f"no run of the sweep in {folder} has a row of a cache to compare")
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best, points = [False] * len(found), []
     if quality is not None:
@@ -238,13 +264,14 @@ def summarize(folder: Path) -> None:
 def cell(line: Line, key: str, form: str | Callable[[Any], str]) -> str:
     """A mean, with its spread over seeds for quality."""
     text = number(line.means.get(key), form)
-    if key not in line.spreads or (key in FIGURES and key not in ("dnll", "kl")):
+    if key not in line.spreads or (key in FIGURES and key not in SPREADS):
         return text
-    return f"{text} ±{line.spreads[key]:{'.4f' if key in FIGURES else '.2g'}}"
+    return f"{text} ±{line.spreads[key]:{SPREADS.get(key, '.2g')}}"
 
 
 def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """The table as Markdown, and the list of runs that no other beats."""
     marks = ["---", *["---:"] * (len(heads) - 1)]
+    cells = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in cells]
     table = ["| " + " | ".join(line) + " |" for line in (heads, marks, *cells)]
     return "\n".join([*table, "", "Not beaten in bits and quality together:", *(f"- `{c[0]}`" for c in cells if c[-1])]) + "\n"

@@ -34,7 +34,7 @@ ALLOWED = {
     "backends": ("errors", "hookspecs", "attention", "backends"),
     "plan": ("ledger", "backends.base", "policies.base", "tiers.base"),
     "blocks": ("pages", "exact", "plan", "backends.base", "tiers.base"),
-    "moves": ("pages", "blocks", "plan", "policies.base", "tiers.base"),
+    "moves": ("errors", "pages", "blocks", "plan", "policies.base", "tiers.base"),
     "engine": (
         "errors",
         "attention",

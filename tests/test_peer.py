@@ -310,7 +310,7 @@ def test_9_memory_is_measured_and_nothing_is_reserved(run):
     assert fresh.ledger().bytes == unique_bytes([x for _, x in fresh.tensors()]) <= 7 * 16 * 16 * 4
     assert not [x for layer in fresh.layers for x in reachable(vars(layer))]
     task = Fidelity(FidelityConfig(context=300))
-    held, _ = task.caches(run)
+    held, _ = task.caches(run, "argus", run.plan)
     rows = list(task.run(run))
     assert [row["stage"] for row in rows] == list(SEVEN)
     for place, row in enumerate(rows):

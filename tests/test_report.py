@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ ROWS = [
 def run(tmp_path):
     config = validate(RunConfig, compose(["tiers=int4"]))
     plan = SimpleNamespace(backend=SimpleNamespace(name="cpu"), match=None)
-    return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path, skipped={})
+    return SimpleNamespace(config=config, device=torch.device("cpu"), plan=plan, folder=tmp_path, skipped={}, caches={})
 
 
 def test_the_document(run, capsys, monkeypatch):
@@ -209,14 +210,77 @@ def test_a_run_without_bits_is_shown_without_them(tmp_path, capsys):
 
 
 def test_figures_are_of_argus_at_the_longest_context():
+    """Memory is that of the text whose quality is told."""
     assert figures({"rows": ROWS}, "argus") == {
-        "bits_per_value": 4.2,
-        "compression": 3.8,
+        "bits_per_value": 4.0,
+        "compression": 4.0,
         "kl": 0.0456,
         "dnll": 0.0123,
         "accuracy": 0.75,
         "decode_tokens_per_s": 8.0,
     }
+
+
+def test_memory_is_of_the_context_whose_quality_is_told():
+    """A longer text of another task takes fewer bits."""
+    rows = [
+        {"task": "perplexity", "cache": "argus", "context": 512, "bits_per_value": 6.8, "compression": 2.35, "kl": 0.05},
+        {"task": "passkey", "cache": "argus", "context": 4096, "bits_per_value": 3.1, "accuracy": 1.0, "samples": 3},
+    ]
+    found = figures({"rows": rows}, "argus")
+    assert (found["bits_per_value"], found["compression"], found["kl"], found["accuracy"]) == (6.8, 2.35, 0.05, 1.0)
+    for line in (rows, rows[::-1]):
+        assert report.combined(line, [])["bits_per_value"] == 6.8
+
+
+def test_the_reference_stands_for_no_cache_that_is_not_installed(tmp_path, capsys):
+    fp16 = [row for row in ROWS if row["cache"] == "fp16"]
+    sweep_of(tmp_path, [(["cache=one"], fp16)])
+    path = tmp_path / "0" / "report.json"
+    report.write(path, json.loads(path.read_text()) | {"skipped": {"one": "needs one; pip install one"}})
+    with pytest.raises(ArgusError, match=r"no run of the sweep in .* has a row of a cache to compare"):
+        summarize(tmp_path)
+    assert "argus: not in the table, cache 'one': needs one; pip install one" in capsys.readouterr().err
+
+
+def test_a_run_that_left_out_other_caches_is_not_done(run):
+    run.skipped = {"one": "not installed"}
+    report.Reporter().end(run, ROWS)
+    assert sweep.is_done(run.folder, run.config, run.skipped)
+    assert not sweep.is_done(run.folder, run.config, {})
+
+
+def test_runs_of_one_sweep_that_share_a_folder_are_refused(run, monkeypatch):
+    """Their reports would overwrite each other."""
+    (run.folder / "multirun.yaml").touch()
+    report.Reporter().end(run, ROWS)
+    settings = SimpleNamespace(sweep=SimpleNamespace(dir=str(run.folder)))
+    monkeypatch.setattr(sweep.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(sweep.HydraConfig, "get", lambda: settings)
+    assert sweep.is_done(run.folder, run.config)
+    with pytest.raises(ArgusError, match=r"has the report of another run of this sweep; allowed: a hydra.sweep.subdir"):
+        sweep.is_done(run.folder, validate(RunConfig, compose(["tiers=int2"])))
+    assert (run.folder / "report.json").exists()
+    os.utime(run.folder / "report.json", (1, 1))
+    assert not sweep.is_done(run.folder, validate(RunConfig, compose(["tiers=int2"])))
+
+
+def test_rows_that_no_report_can_hold_are_refused():
+    row = {"task": "mine", "cache": "argus", "context": 9}
+    assert checked(row | {"figures": torch.tensor([1.0, 2.0])})["figures"] == [1.0, 2.0]
+    with pytest.raises(PluginError, match=r"'where' is a PosixPath, which no report can hold"):
+        checked(row | {"where": Path("x")})
+
+
+def test_accuracy_has_its_spread(tmp_path, capsys):
+    rows = [{"task": "passkey", "cache": "argus", "context": 9, "accuracy": share, "samples": 4} for share in (1.0, 0.25)]
+    sweep_of(tmp_path, [([f"seed={i}"], [row]) for i, row in enumerate(rows)])
+    summarize(tmp_path)
+    assert "62% ±53%" in capsys.readouterr().out
+
+
+def test_words_with_bars_do_not_break_a_table():
+    assert "| a\\|b c |" in sweep.markdown(["run", "best"], [["a|b\nc", ""]])
 
 
 def test_runs_are_named_by_what_differs():
@@ -324,10 +388,11 @@ def test_a_run_whose_report_is_damaged_is_named_after_the_table(data, tmp_path):
 def test_how_a_budget_was_met_is_in_the_report(run, capsys):
     pages, sizes = {"int4": 7, "jl": 20}, {"int4": 448, "jl": None}
     run.plan.match = Match(3.0, 2048, reached=2.97, next=3.03, pages=pages, capacities=sizes, aging={})
+    run.caches = {"fp16": SimpleNamespace(plan=lambda _: None), "argus": SimpleNamespace(plan=lambda run: run.plan)}
     report.Reporter().end(run, ROWS)
-    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["budget"]
+    kept = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["budget"]["argus"]
     assert (kept["asked"], kept["reached"], kept["pages"], kept["capacities"]) == (3.0, 2.97, pages, sizes)
-    line = "budget of 3 bits at 2048 tokens: 2.970 reached, a step more takes 3.030; pages: int4 7, jl 20"
+    line = "argus: budget of 3 bits at 2048 tokens: 2.970 reached, a step more takes 3.030; pages: int4 7, jl 20"
     assert line in capsys.readouterr().out.splitlines()
 
 

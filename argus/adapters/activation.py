@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, Protocol, runtime_checkable
@@ -47,7 +48,9 @@ def activate(model: Any) -> None:
     if hasattr(model, "_argus_before"):
         _let_go(model)
     register()
-    before = model.config._attn_implementation
+    # Of a config that another activated model has too, or had, the name is ARGUS's own.
+    usual = model.get_correct_attn_implementation(None)
+    before = {part: usual if name == NAME else name for part, name in implementations(model.config).items()}
     model.set_attn_implementation(NAME)
     replaced = vars(model).get("forward")
     forward = model.forward
@@ -55,14 +58,26 @@ def activate(model: Any) -> None:
     model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
 
 
-def _let_go(model: Any) -> str:
+def implementations(config: Any) -> dict[str, str]:
+    """The attention of a model and of its parts, as ``set_attn_implementation`` takes it."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    held = {"": config} | {name: part for name, part in parts.items() if part is not None}
+    return {name: part._attn_implementation for name, part in held.items()}
+
+
+def named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `forward` by name, those given by place too."""
+    return dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+
+
+def _let_go(model: Any) -> dict[str, str]:
     """Undo :func:`activate`, but for the attention, whose former name is told."""
     before, hook, replaced = model._argus_before
     hook.remove()
     del model._argus_before, model.forward
     if replaced is not None:
         model.forward = replaced
-    return str(before)
+    return dict(before)
 
 
 def deactivate(model: Any) -> None:
@@ -72,6 +87,7 @@ def deactivate(model: Any) -> None:
 
 
 def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    kwargs = named(model.forward, args, kwargs) if len(args) > 1 else kwargs
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Taking):
         tokens, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
@@ -82,6 +98,8 @@ def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def _forward(model: Any, forward: Callable[..., Any], recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
     """A model's ``forward``; with a cache that takes passes itself, as it does."""
+    if len(args) > 1:
+        args, kwargs = (), named(forward, args, kwargs)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Taking):
         return cache.take(model, forward, recorder, args, kwargs)

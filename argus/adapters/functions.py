@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from argus.adapters.layer import ArgusLayer
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
+from argus.errors import ModelError
 
 NAME = "argus"
 """Their name in the registries of transformers."""
@@ -20,7 +21,13 @@ NAME = "argus"
 def argus_attention(
     module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention function for :class:`~transformers.AttentionInterface`: asks a layer's handle, or computes densely."""
+    """Attention function for :class:`~transformers.AttentionInterface`: asks a layer's handle, or computes densely.
+
+    Raises
+    ------
+    ModelError
+        If dropout is asked for with softcap or sinks.
+    """
     if isinstance(key, ArgusLayer):
         return key.attend(module, query, attention_mask, scaling, **kwargs), None
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
@@ -31,6 +38,8 @@ def argus_attention(
             attention_mask = torch.ones(steps, held, dtype=torch.bool, device=key.device).tril(held - steps)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
+    if kwargs.get("dropout"):
+        raise ModelError("no dropout is computed with softcap or sinks; allowed: attention_dropout=0, or argus.unpatch(model)")
     batch, heads, steps, dim = query.shape
     start = key.shape[2] - steps
     asked = Query.of(query, key.shape[1], scaling or dim**-0.5, start, attention_mask, softcap)
@@ -51,7 +60,7 @@ def argus_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     # A static cache tells where queries start on the device.
     ends = not isinstance(start, Tensor) and kwargs.get("kv_offset", 0) + kwargs["kv_length"] == start + kwargs["q_length"]
     plain = kwargs.get("allow_is_causal_skip", True) and ends and (local is None or kwargs["kv_length"] < local)
-    if plain and (padding is None or bool(padding.all())):
+    if plain and (padding is None or (padding.shape[-1] >= kwargs["kv_length"] and bool(padding.all()))):
         return None
     if not ends:
         kwargs["allow_is_causal_skip"] = False

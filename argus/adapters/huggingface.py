@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from argus.adapters.activation import activate
+from argus.adapters.functions import NAME
 from argus.adapters.graphs import Recorder, Steps
-from argus.adapters.layer import ArgusLayer, length_after
+from argus.adapters.layer import ArgusLayer, chosen, length_after
 from argus.adapters.models import facts
 from argus.adapters.transcript import Transcript
 from argus.budget import Shape, meet
@@ -52,6 +54,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
         known = facts(model)
         self.plan = plan or make_plan(model, tiers, tokenizer)
         activate(model)
+        self.model = weakref.ref(model)
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
         self.broken = False
         self.steps = Steps() if self.plan.graphs and not known.chunked else None
@@ -84,26 +87,40 @@ class ArgusCache(Cache):  # type: ignore[misc]
         Raises
         ------
         ModelError
-            If attention weights are asked for, which nothing computes.
+            If attention weights are asked for, which nothing computes; if the model's attention is not ARGUS's any more; or if
+            it is another one, with other layers.
         """
+        self._check(model)
         weights = kwargs.get("output_attentions")
         if getattr(model.config, "output_attentions", False) if weights is None else weights:
             raise ModelError("with an ARGUS cache there are no attention weights to give; allowed: output_attentions=False")
         before = self.get_seq_length()
         try:
-            if self.steps is not None and len(args) < 2:
+            if self.steps is not None:
                 given = kwargs | dict(zip(("input_ids",), args, strict=False))
                 outputs = self.steps.take(model, forward, recorder, given, [layer.engine for layer in self.layers])
                 if outputs is not None:
                     self.age()
                     return outputs
             return forward(*args, **kwargs)
-        except Exception:
+        except BaseException:  # An interrupt too.
             try:
                 self.keep(before)
             except ArgusError:  # What comes before is forgotten; the next pass is refused.
                 self.broken = True
             raise
+
+    def _check(self, model: Any) -> None:
+        """Raise unless this cache is one for `model`."""
+        if model.config._attn_implementation != NAME:
+            now = model.config._attn_implementation
+            raise ModelError(f"this model's attention is '{now}', set after ARGUS's; allowed: ArgusCache(model, ...) made anew")
+        if self.model() is not model:
+            # Exits before the last layer have fewer.
+            pairs = zip(self.layers, facts(model).reaches, strict=False)
+            if any(layer.engine.reach != reach for layer, reach in pairs):
+                raise ModelError("this cache was made for a model with other layers; allowed: an ArgusCache of this model")
+            self.model = weakref.ref(model)
 
     def reset(self) -> None:
         super().reset()
@@ -147,8 +164,9 @@ class ArgusCache(Cache):  # type: ignore[misc]
         self.transcript.select(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.transcript.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        rows = chosen(indices, self.layers[0].batch_size)
+        super().batch_select_indices(rows)
+        self.transcript.select(rows)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor held, each with what it is for."""

@@ -34,6 +34,11 @@ def module_groups(module: Any) -> int:
     return int(getattr(module, "num_key_value_groups", 1))
 
 
+def chosen(indices: Any, batch: int) -> Tensor:
+    """Rows of a batch (int64) that `indices` choose as they would of a tensor: numbers, a mask, or a slice."""
+    return torch.arange(batch)[indices.cpu() if isinstance(indices, Tensor) else indices]
+
+
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's cache: ``update`` returns the layer itself, and the attention function asks it."""
 
@@ -51,6 +56,16 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_size(self) -> int:
         """Rows of the batch, 0 while empty."""
         return self.engine.shape[0] if self.engine.shape else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Asked for by attention that is not ARGUS's.
+
+        Raises
+        ------
+        ModelError
+        """
+        raise ModelError("this model's attention is not ARGUS's; allowed: the model that its ArgusCache was made for")
 
     @property
     def record_past(self) -> bool:
@@ -136,7 +151,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self._select(chosen(indices, self.batch_size))
 
     def _select(self, rows: Tensor) -> None:
         if self.engine.length:

@@ -14,6 +14,8 @@ REFUSED = {
     "gemma3n_text": "its layers share keys and values",
     "gemma4": "its layers share keys and values",
     "gemma4_text": "its layers share keys and values",
+    "gemma4_unified": "its layers have heads of different sizes",
+    "gemma4_unified_text": "its layers have heads of different sizes",
     "diffllama": "it splits the values that the cache returns",
     "doge": "it computes a mask from the values that the cache returns",
     "jetmoe": "it repeats the keys that the cache returns",

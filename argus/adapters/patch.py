@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
-from argus.adapters.activation import activate, deactivate
+from argus.adapters.activation import activate, deactivate, named
 from argus.adapters.huggingface import ArgusCache, make_plan
 from argus.config import CacheConfig
 from argus.errors import ModelError
@@ -45,13 +45,19 @@ def patch_model_with_argus(model: Any, tiers: str | CacheConfig | Sequence[str] 
 
 def _generate(model: Any, generate: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
     """A model's ``generate``, with an ARGUS cache unless it is given one, or none is wanted."""
-    if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-        kwargs["past_key_values"] = ArgusCache(model, plan=plan)
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    told = (kwargs.get("use_cache"), getattr(config, "use_cache", None), model.generation_config.use_cache)
+    if kwargs.get("past_key_values") is None and next((used for used in told if used is not None), True):
+        kwargs["past_key_values"] = cache = ArgusCache(model, plan=plan)
+        if getattr(config, "is_assistant", False):  # Transformers tells only caches of its own that candidates come.
+            cache.activate_past_recording()
     return generate(*args, **kwargs)
 
 
 def _use_argus(plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a forward pass an ARGUS cache where transformers would make one."""
+    if len(args) > 1:
+        args, kwargs = (), named(model.forward, args, kwargs)
     cache, used = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if cache is None and (model.config.use_cache if used is None else used) and not model.training:
         kwargs["past_key_values"] = ArgusCache(model, plan=plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,13 +32,18 @@ def checked(row: Mapping[str, Any]) -> Row:
     PluginError
         If it lacks what every table shows.
     """
-    plain = {key: value.item() if getattr(value, "ndim", 1) == 0 else value for key, value in row.items()}
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
     faults = [f"'{name}' must be {said}" for name, kind, said in NEEDED if not isinstance(plain.get(name), kind)]
     if plain.get("accuracy") is not None and not isinstance(plain.get("samples"), int):
         faults.append("'accuracy' needs 'samples', a number of them")
     missing = [name for name in STAGE if name not in plain] if "stage" in plain else []
     if missing:
         faults.append(f"'stage' needs {', '.join(missing)}")
+    for key, value in plain.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            faults.append(f"'{key}' is a {type(value).__name__}, which no report can hold")
     if faults:
         raise PluginError(f"a row of task {plain.get('task')!r}: {'; '.join(faults)}")
     return plain
@@ -110,6 +116,10 @@ class CacheKind(ABC):
     def check(self, head_dim: int) -> None:
         """Raise :class:`~argus.errors.ConfigError` if the options do not fit; called before the model is loaded."""
         return
+
+    def plan(self, run: Run) -> Plan | None:
+        """The ladder of caches of this kind; None where they have none."""
+        return None
 
     @abstractmethod
     def make(self, run: Run) -> Any:

@@ -17,6 +17,7 @@ from argus.engine import LayerCache
 from argus.hookspecs import hookimpl
 from argus.ledger import measure
 from argus.pages import to_pages
+from argus.plan import Plan
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.perplexity import window
 from argus.tasks.steps import feed
@@ -30,25 +31,34 @@ class FidelityConfig(TaskConfig):
 
 
 class Fidelity(Task):
-    """One row a stage of the ARGUS cache, for prose of ``context`` tokens."""
+    """One row a stage of the run's first cache with a ladder, for prose of ``context`` tokens."""
 
     Config = FidelityConfig
 
     def run(self, run: Run) -> Iterator[Row]:
-        yield from stage_rows(*self.caches(run))
+        name, plan = next(ladders(run), ("argus", run.plan))
+        yield from stage_rows(name, *self.caches(run, name, plan))
 
-    def caches(self, run: Run) -> tuple[ArgusCache, Cache]:
-        """The ARGUS cache and its source, a dense cache of 16 bits, both with the same context."""
+    def caches(self, run: Run, name: str, plan: Plan) -> tuple[ArgusCache, Cache]:
+        """A cache of `plan` and its source, a dense cache of 16 bits, both with the same context."""
         ids = window(run, self.config.context, 0)
-        held, source = ArgusCache(run.model, plan=run.plan), Half().make(run)
-        for name, cache in (("argus", held), ("fp16", source)):
-            run.tell(f"fidelity: {self.config.context} tokens, {name}")
+        held, source = ArgusCache(run.model, plan=plan), Half().make(run)
+        for called, cache in ((name, held), ("fp16", source)):
+            run.tell(f"fidelity: {self.config.context} tokens, {called}")
             feed(run, cache, ids)
         return held, source
 
 
-def stage_rows(held: ArgusCache, source: Cache) -> list[Row]:
-    """One row a stage: pages and tokens a layer, bytes of all layers, cosines of the tokens that it codes."""
+def ladders(run: Run) -> Iterator[tuple[str, Plan]]:
+    """The run's caches that have a ladder, by name."""
+    for name, kind in run.caches.items():
+        plan = kind.plan(run)
+        if plan is not None:
+            yield name, plan
+
+
+def stage_rows(name: str, held: ArgusCache, source: Cache) -> list[Row]:
+    """One row a stage of the cache `name`: pages and tokens a layer, bytes of all layers, cosines of the tokens it codes."""
     rows: list[Row] = []
     layers: list[LayerCache] = [layer.engine for layer in held.layers]
     named = list(held.tensors())
@@ -59,12 +69,12 @@ def stage_rows(held: ArgusCache, source: Cache) -> list[Row]:
         ledger = measure(((n, x) for n, x in named if n == f"stage.{place}"), 2 * batch * heads * dim * tokens)
         row: Row = {
             "task": "fidelity",
-            "cache": "argus",
+            "cache": name,
             "context": held.get_seq_length(),
             "stage": stage.facts.name,
             "tier": tier_names(stage),
-            "pages": pages // len(layers),
-            "tokens": tokens // len(layers),
+            "pages": pages / len(layers),
+            "tokens": tokens / len(layers),
             "bytes": ledger.bytes,
             "bits_per_value": ledger.bits_per_value,
         }

@@ -74,7 +74,7 @@ class Generate(Task):
             yield {
                 "task": "generate",
                 "cache": name,
-                "context": len(ids) + len(out),
+                "context": len(ids) + len(out) - (out[-1] in stops),
                 "text": run.tokenizer.decode(out),
                 **{f"distinct_{order}": distinct(out, order) for order in self.config.orders},
                 **memory(kind.ledger(held)),

@@ -59,6 +59,9 @@ def language_model(run: Run, kind: CacheKind) -> Any:
             held = kind.make(run)
             if context.shape[1] > 1:
                 forward(run, held, context[:, :-1])
+            if held.get_seq_length() != context.shape[1] - 1:
+                # Generation would go on at the tokens left, and read others twice.
+                raise ConfigError("task=harness generates with caches that hold every token read; this one evicts some")
             out: Tensor = super()._model_generate(context, max_length, stop, past_key_values=held, **options)
             self._weigh(held)
             return out

@@ -1,8 +1,9 @@
-"""The main job: every cache on passkeys and prose, then one row a stage, and two pictures."""
+"""The main job: every cache on passkeys and prose, then one row a stage of the first with a ladder, and two pictures of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from pydantic import Field
 
@@ -10,7 +11,7 @@ from argus.caches import dense_ledger
 from argus.hookspecs import hookimpl
 from argus.pictures import draw_bytes, draw_strip
 from argus.tasks.base import Row, Run, Task, TaskConfig
-from argus.tasks.fidelity import Fidelity, FidelityConfig, stage_rows
+from argus.tasks.fidelity import Fidelity, FidelityConfig, ladders, stage_rows
 from argus.tasks.passkey import Passkey, PasskeyConfig
 from argus.tasks.perplexity import Perplexity, PerplexityConfig
 
@@ -30,11 +31,12 @@ class Overview(Task):
 
     def run(self, run: Run) -> Iterator[Row]:
         yield from Perplexity(self.config.perplexity).run(run)
-        held, source = Fidelity(self.config.fidelity).caches(run)
-        yield from stage_rows(held, source)
-        draw_strip(held, run.folder / "pages.png")
-        draw_bytes(held, dense_ledger(source).bytes, run.folder / "bytes.png")
-        del held, source
+        for name, plan in islice(ladders(run), 1):
+            held, source = Fidelity(self.config.fidelity).caches(run, name, plan)
+            yield from stage_rows(name, held, source)
+            draw_strip(held, run.folder / "pages.png")
+            draw_bytes(held, dense_ledger(source).bytes, run.folder / "bytes.png")
+            del held, source
         yield from Passkey(self.config.passkey).run(run)
 
 

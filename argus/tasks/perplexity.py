@@ -12,7 +12,7 @@ from torch import Tensor
 
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task, TaskConfig
-from argus.tasks.steps import Change, Clock, Scores, feed, ids_of, memory, passage, score
+from argus.tasks.steps import Change, Clock, Scores, feed, ids_of, mean_memory, memory, passage, score
 
 WARM = 64
 """Tokens read before anything is timed, at most."""
@@ -52,7 +52,7 @@ class Perplexity(Task):
         steps = {name: Clock(run.device) for name in run.caches}
         at_once: dict[str, list[Change]] = {name: [] for name in run.caches}
         one_by_one: dict[str, list[Change]] = {name: [] for name in run.caches}
-        sizes: dict[str, Row] = {}
+        sizes: dict[str, list[Row]] = {name: [] for name in run.caches}
         # A process's first pass is slower than any other, and would count against the cache that runs first.
         feed(run, next(iter(run.caches.values())).make(run), window(run, min(config.context, WARM), 0))
         for number in range(config.windows):
@@ -64,7 +64,7 @@ class Perplexity(Task):
                 held[name] = kind.make(run)
                 with prefill[name].timed():
                     feed(run, held[name], ids[:, : config.context])
-                sizes[name] = memory(kind.ledger(held[name]))
+                sizes[name].append(memory(kind.ledger(held[name])))
                 found = score(run, held[name], ids[:, config.context : config.context + config.scored])
                 reference = reference or found
                 at_once[name].append(found.change(reference))
@@ -77,7 +77,7 @@ class Perplexity(Task):
                 "cache": name,
                 "context": config.context,
                 "samples": config.windows * (config.scored - 1),
-                **sizes[name],
+                **mean_memory(sizes[name]),
                 **figures(at_once[name]),
                 **{f"decoded_{key}": value for key, value in figures(one_by_one[name]).items()},
                 "decoded": config.decoded,

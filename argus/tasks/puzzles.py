@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from argus.errors import ConfigError
 from argus.tasks.base import CacheKind, Row, Run, TaskConfig
-from argus.tasks.steps import decode, forward, ids_of, memory, prose
+from argus.tasks.steps import decode, forward, ids_of, mean_memory, memory, prose
 
 SLACK = 3
 """Tokens that an answer may have beside the strings that are expected."""
@@ -131,16 +131,19 @@ def quiz(run: Run, label: Row, puzzles: Sequence[Puzzle], batch: int) -> Iterato
         Puzzles at once, at most.
     """
     scores: dict[str, list[float]] = {name: [] for name in run.caches}
-    sizes: dict[str, Row] = {}
+    sizes: dict[str, list[Row]] = {name: [] for name in run.caches}
+    groups = list(batches(puzzles, batch))
     words = "".join(f"{name} {value}, " for name, value in label.items() if name not in ("task", "context"))
-    for group in batches(puzzles, batch):
+    for group in groups:
         for name, kind in run.caches.items():
             done = f"{len(scores[name]) + len(group)} of {len(puzzles)}"
             run.tell(f"{label['task']}: {label['context']} tokens, {words}sample {done}, {name}")
-            texts, sizes[name] = replies(run, kind, group)
+            texts, size = replies(run, kind, group)
+            sizes[name].append(size)
             scores[name] += [puzzle.score(text) for puzzle, text in zip(group, texts, strict=True)]
     for name, found in scores.items():
-        yield {**label, "cache": name, "accuracy": sum(found) / len(found), "samples": len(found), **sizes[name]}
+        size = mean_memory(sizes[name], [len(group) for group in groups])
+        yield {**label, "cache": name, "accuracy": sum(found) / len(found), "samples": len(found), **size}
 
 
 def quiz_kinds(run: Run, task: str, config: Any, make: Callable[[str, int, int], Puzzle]) -> Iterator[Row]:

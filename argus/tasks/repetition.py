@@ -75,7 +75,8 @@ class Repetition(Task):
             logits = forward(run, cache, ids_of(run, ids))[:, -1]
             choose = sampler(config.temperature, run.seed + number)
             texts += decode(run, cache, logits, config.tokens, clock, stop_ids(run), choose)
-            sizes[cache.get_seq_length()] = memory(kind.ledger(cache))
+            # Tokens read, which a cache that evicts does not hold.
+            sizes[len(ids) + config.tokens - 1] = memory(kind.ledger(cache))
         loops = [loop(text, config.loop) for text in texts]
         return {
             "context": max(sizes),

@@ -146,6 +146,17 @@ def memory(ledger: Ledger, rows: int = 1) -> Row:
     return {"cache_bytes": round(ledger.bytes / rows), **figures}
 
 
+def mean_memory(sizes: Sequence[Row], weights: Sequence[int] | None = None) -> Row:
+    """The mean of several caches' figures; compression is of the mean bits."""
+    shares = [1] * len(sizes) if weights is None else weights
+    means = {
+        name: sum(size[name] * share for size, share in zip(sizes, shares, strict=True)) / sum(shares)
+        for name in ("cache_bytes", "bits_per_value")
+    }
+    bits = means["bits_per_value"]
+    return {"cache_bytes": round(means["cache_bytes"]), "bits_per_value": bits, "compression": 16 / bits if bits else 0.0}
+
+
 @cache
 def prose() -> str:
     """The Python language reference, which every Python carries: about 460 kB of English."""
