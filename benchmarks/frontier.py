@@ -75,7 +75,7 @@ def show(lines: list[Row]) -> None:
         passkeys = "" if line["passkeys"] is None else f"{line['passkeys']:.0%}"
         figures = (f"{line['bits']:.2f}", f"{16 / line['bits']:.2f}", f"{line['dnll']:+.4f}", spread, f"{line['kl']:.4f}")
         table.add_row(line["name"], *figures, str(line["seeds"]), passkeys, "*" if line["name"] in marked else "")
-    console = terminal()
+    console = terminal(table)
     console.print(table)
     console.print("+-: spread over n seeds; keys: passkeys found at the length where fewest are;")
     console.print("*: no other line has fewer bits and a smaller KL")

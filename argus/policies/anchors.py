@@ -65,8 +65,8 @@ class NoveltyConfig(PolicyConfig):
     """Options of novelty.
 
     ``share`` of the tokens is kept for each head; ``by`` values, keys, or both (half of the share each); ``scope``: the
-    share is filled within each page, or over all pages that leave the window together. ``span``: a token's score is the
-    mean over that many tokens around it, so that what stands together is kept together.
+    share is filled within each page, or over all pages that leave the window together, at most ``tiers.block_pages``.
+    ``span``: a token's score is the mean over that many tokens around it, so that what stands together is kept together.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -78,7 +78,7 @@ class NoveltyConfig(PolicyConfig):
 class Novelty(Anchors):
     """The tokens least like any other: retrieval at few bits lives on which tokens stay exact, not on the codec.
 
-    A token's score is its largest cosine with another token of the scope, of keys (less their mean) or of values; the
+    A token's score is its largest cosine with another token of the scope, of keys or of values, less their mean; the
     lowest scores are kept.
     """
 
@@ -103,7 +103,10 @@ class Novelty(Anchors):
 
 
 class SalienceConfig(PolicyConfig):
-    """Options of salience: the share of the tokens that leave the window together, for each head."""
+    """Options of salience.
+
+    ``share`` of the tokens of all pages that leave the window together, at most ``tiers.block_pages``, is kept for each head.
+    """
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.02
 

@@ -22,8 +22,9 @@ class JlConfig(TierConfig):
     """Options of jl.
 
     ``ratio`` tokens become one row of coefficients, which the tier ``coefficients`` keeps. ``unbiased`` multiplies what
-    is read by ``(P - 1) / R``, so that products with it are right in the mean over projections, at more error in each.
-    ``centre`` keeps the page's mean apart; without it, for comparison, the numbers are projected as they are.
+    is read by ``(P - 1) / R``, so that products with it are right in the mean over projections, at more error in each; that
+    holds with ``centre``. ``centre`` keeps the page's mean apart; without it, for comparison, the numbers are projected as
+    they are, and their mean is lost where ``ratio`` is more than 1: all rows but a page's last sum to 0.
     """
 
     ratio: PositiveInt = 4
