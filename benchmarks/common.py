@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,8 +28,18 @@ from argus.engine import LayerCache
 from argus.plan import Plan
 from argus.tiers.base import ROLES
 
-QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+class Shape(NamedTuple):
+    """One attention layer."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+LLAMA = Shape(32, 8, 128)
 """One attention layer of Llama-3-8B."""
+QUERY_HEADS, KV_HEADS, HEAD_DIM = LLAMA
 BOUND = 2e-3
 """Relative error beyond which no time is printed."""
 
@@ -40,30 +50,30 @@ LADDERS = ("exact", "fp8", "int8", "int4", "int3", "int2", "sign", "jl", *PLUGIN
 ALONE = ("fp8", "sign", "jl")
 
 
-def plan_of(ladder: str, backend: str = "triton", outliers: str = "none", **options: Any) -> Plan:
+def plan_of(ladder: str, backend: str = "triton", outliers: str = "none", head_dim: int = HEAD_DIM, **options: Any) -> Plan:
     """The plan of a ladder, with no anchors; `options` are those of ``tiers``."""
     chosen = ["tiers=default", f"tiers.order=[{ladder}]"] if ladder in ALONE else [f"tiers={ladder}"]
     chosen += ["anchors=none", f"outliers={outliers}", f"backend={backend}"]
     chosen += [f"tiers.{name}={value}" for name, value in options.items()]
-    return build(load_cache_config(chosen), HEAD_DIM, torch.float16, "cuda")
+    return build(load_cache_config(chosen), head_dim, torch.float16, "cuda")
 
 
-def filled(plan: Plan, batch: int, context: int) -> LayerCache:
+def filled(plan: Plan, batch: int, context: int, shape: Shape = LLAMA) -> LayerCache:
     """A layer that holds `context` random tokens, every channel of another size."""
     cache = LayerCache(plan)
-    size = torch.rand(KV_HEADS, 1, HEAD_DIM, device="cuda") * 1.8 + 0.2
-    shape = (batch, KV_HEADS, context, HEAD_DIM)
-    keys, values = ((torch.randn(shape, device="cuda", dtype=torch.float16) * size).half() for _ in range(2))
+    size = torch.rand(shape.kv_heads, 1, shape.head_dim, device="cuda") * 1.8 + 0.2
+    whole = (batch, shape.kv_heads, context, shape.head_dim)
+    keys, values = ((torch.randn(whole, device="cuda", dtype=torch.float16) * size).half() for _ in range(2))
     cache.write(keys, values)
     del keys, values
     cache.age()
     return cache
 
 
-def query_of(batch: int, steps: int, length: int) -> Query:
+def query_of(batch: int, steps: int, length: int, shape: Shape = LLAMA) -> Query:
     """Random queries of the last `steps` tokens."""
-    q = torch.randn(batch, QUERY_HEADS, steps, HEAD_DIM, device="cuda")
-    return Query.of(q, KV_HEADS, HEAD_DIM**-0.5, length - steps)
+    q = torch.randn(batch, shape.query_heads, steps, shape.head_dim, device="cuda")
+    return Query.of(q, shape.kv_heads, shape.head_dim**-0.5, length - steps)
 
 
 def reference(cache: LayerCache, query: Query) -> Tensor:
@@ -144,12 +154,13 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (1e-6 * microseconds(lambda: torch.neg(source, out=target)))
 
 
-def fp16_times(batch: int, context: int, steps: int = 1) -> dict[str, float]:
+def fp16_times(batch: int, context: int, steps: int = 1, shape: Shape = LLAMA) -> dict[str, float]:
     """Microseconds of PyTorch's attention kernels on an FP16 cache, each in the ways it can be called."""
-    k, v = (torch.randn(batch, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.float16) for _ in range(2))
-    q = torch.randn(batch, QUERY_HEADS, steps, HEAD_DIM, device="cuda", dtype=torch.float16)
+    heads, kv_heads, dim = shape
+    k, v = (torch.randn(batch, kv_heads, context, dim, device="cuda", dtype=torch.float16) for _ in range(2))
+    q = torch.randn(batch, heads, steps, dim, device="cuda", dtype=torch.float16)
     attend = torch.nn.functional.scaled_dot_product_attention
-    grouped = q.view(batch, KV_HEADS, -1, HEAD_DIM)
+    grouped = q.view(batch, kv_heads, -1, dim)
     calls = {"grouped": lambda: attend(grouped, k, v), "gqa": lambda: attend(q, k, v, enable_gqa=True)}
     times = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):

@@ -1,7 +1,7 @@
 """One decode step of attention, for each ladder, beside the best FP16 kernel of the machine in the same run.
 
 Run from the repository root: ``python -m benchmarks.decode_attention [--contexts 8192] [--batches 1 8] [--ladders int4]
-[--outliers topk]``.
+[--outliers topk] [--heads 32 32 --head-dim 96]``. Results of other heads than Llama-3-8B's are kept apart, and have no picture.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import torch
 from benchmarks import common
 
 
-def measure(ladder: str, batch: int, context: int, fp16: float, bandwidth: float, **options: Any) -> dict[str, Any]:
+def measure(
+    ladder: str, batch: int, context: int, fp16: float, bandwidth: float, shape: common.Shape = common.LLAMA, **options: Any
+) -> dict[str, Any]:
     """One row; raises if the answer is wrong."""
-    cache = common.filled(common.plan_of(ladder, **options), batch, context)
-    query = common.query_of(batch, 1, context)
+    plan = common.plan_of(ladder, head_dim=shape.head_dim, **options)
+    cache = common.filled(plan, batch, context, shape)
+    query = common.query_of(batch, 1, context, shape)
     wrong = common.error(cache.attend(query), common.reference(cache, query))
     if not wrong <= common.BOUND:
         raise SystemExit(f"{ladder} {batch} x {context}: relative error {wrong:.2e} > {common.BOUND:g}; no time is told")
@@ -69,6 +72,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ladders", nargs="+", default=list(common.LADDERS))
+    parser.add_argument("--heads", type=int, nargs=2, default=common.LLAMA[:2], help="query heads and key-value heads")
+    parser.add_argument("--head-dim", type=int, default=common.HEAD_DIM)
     parser.add_argument("--outliers", default="none", help="the outlier policy: none, sigma, topk")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--block-pages", type=int, default=1024)
@@ -76,27 +81,31 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = common.copy_bandwidth()
+    shape = common.Shape(*options.heads, options.head_dim)
     paging = {"page_size": options.page_size, "block_pages": options.block_pages}
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
     rows, fp16 = [], {}
     for batch in options.batches:
         for context in options.contexts:
-            times = common.fp16_times(batch, context)
+            times = common.fp16_times(batch, context, shape=shape)
             fp16[f"{batch}x{context}"] = times
             best = min(times.values())
             print(f"{batch} x {context}: FP16 {best:.1f} us " + " ".join(f"{k}={v:.1f}" for k, v in times.items()))
             for ladder in options.ladders:
-                row = measure(ladder, batch, context, best, bandwidth, outliers=options.outliers, **paging)
+                row = measure(ladder, batch, context, best, bandwidth, shape, outliers=options.outliers, **paging)
                 rows.append(row)
                 print(
                     f"  {ladder:8s} {row['us']:8.1f} us  {row['times_fp16']:5.2f} x FP16 {row['percent_of_floor']:5.1f} % floor"
                     f"  {row['bits_a_value']:6.3f} bits  eager {row['eager_us']:.0f} us  error {row['error']:.1e}",
                     flush=True,
                 )
-    facts = {"copy_bandwidth": bandwidth, "fp16_us": fp16, "outliers": options.outliers, **paging}
+    facts = {"shape": shape, "copy_bandwidth": bandwidth, "fp16_us": fp16, "outliers": options.outliers, **paging}
     variant = "" if options.outliers == "none" else f"-{options.outliers}"
+    if shape != common.LLAMA:
+        variant += f"-{shape.query_heads}-{shape.kv_heads}-{shape.head_dim}"
     common.keep("decode_attention", options.out, facts, rows, variant)
-    draw(rows, options.out / f"decode_attention{variant}.png")
+    if shape == common.LLAMA:
+        draw(rows, options.out / f"decode_attention{variant}.png")
 
 
 if __name__ == "__main__":
