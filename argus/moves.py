@@ -13,7 +13,7 @@ from argus.blocks import EXACT
 from argus.errors import PluginError
 from argus.pages import Slab, Window, smooth, to_pages
 from argus.plan import Plan
-from argus.policies.base import NewPages, salience
+from argus.policies.base import NewPages, check_chosen, salience
 from argus.tiers.base import ROLES, Role
 
 
@@ -80,6 +80,7 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
     for role, x in zip(ROLES, (keys, values), strict=True):
         chosen = plan.outliers.choose(x, role)
         if chosen is not None:
+            check_chosen(chosen, x.shape, plan.outliers)
             outlying[role] = chosen if kept is None else chosen & ~kept.unsqueeze(-1)
         rests[role] = smooth(x, kept, outlying.get(role))
     encoded = []
@@ -108,7 +109,9 @@ def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: C
     tokens = None if known.tokens is None else known.tokens[:, start:]
     positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
     for policy in plan.anchors:
-        taken = taken | policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
+        chosen = policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
+        check_chosen(chosen, taken.shape, policy)
+        taken = taken | chosen
     return taken
 
 

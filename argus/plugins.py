@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import isabstract
 from types import MappingProxyType
 from typing import Any
 
@@ -85,10 +86,14 @@ def answers(manager: pluggy.PluginManager, hook: str, kind: type, allowed: str) 
     Raises
     ------
     PluginError
-        If an answer is not of `kind`, which `allowed` describes.
+        If an answer is not of `kind`, which `allowed` describes, or there is none.
     """
     for implementation in reversed(getattr(manager.hook, hook).get_hookimpls()):
-        name, answer = implementation.plugin_name, implementation.function()
+        name = implementation.plugin_name
+        try:
+            answer = implementation.function()
+        except Exception as error:
+            raise PluginError(f"{hook} of plugin '{name}' raises {' '.join(repr(error).split())}") from error
         if not isinstance(answer, kind):
             raise PluginError(f"{hook} of plugin '{name}' answers {answer!r}; allowed: {allowed}")
         yield name, answer
@@ -108,6 +113,9 @@ def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
         for name, kind in named.items():
             if not isinstance(name, str) or not isinstance(kind, type):
                 raise PluginError(f"{hook} of plugin '{plugin}' has {name!r}: {kind!r}; allowed: classes by name")
+            if isabstract(kind):
+                lacking = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
+                raise PluginError(f"{hook} of plugin '{plugin}': '{name}' lacks {lacking}; allowed: classes with all methods")
             if name in found:
                 raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {plugin}")
             found[name], owner[name] = kind, plugin

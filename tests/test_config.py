@@ -14,6 +14,7 @@ from argus.config import CacheConfig, RunConfig, compose, load_cache_config, val
 from argus.errors import ConfigError, PluginError
 from argus.hookspecs import hookimpl
 from argus.runner import choose
+from argus.tiers.base import Tier
 from argus.tiers.fp16 import Fp16
 from tests.conftest import config, make_plan
 
@@ -282,6 +283,20 @@ def test_a_hook_that_answers_otherwise_is_named(hook, answer):
     manager.register(SimpleNamespace(**{hook: hookimpl(lambda: answer)}), "my_package")
     with pytest.raises(PluginError, match=rf"^{hook} of plugin 'my_package' .*; allowed: .*classes by name$"):
         plugins.kinds(manager, hook)
+
+
+def test_a_hook_that_raises_and_a_class_with_methods_missing_are_named():
+    def broken():
+        raise KeyError("mine")
+
+    for hook, said in (
+        (broken, r"argus_tiers of plugin 'my_package' raises KeyError\('mine'\)"),
+        (lambda: {"mine": Tier}, r"plugin 'my_package': 'mine' lacks bits, decode, encode; allowed: classes with all"),
+    ):
+        manager = plugins.load()
+        manager.register(SimpleNamespace(argus_tiers=hookimpl(hook)), "my_package")
+        with pytest.raises(PluginError, match=said):
+            plugins.kinds(manager, "argus_tiers")
 
 
 @pytest.mark.parametrize("answer", [None, 3, Fp16], ids=str)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from argus.engine import LayerCache
-from argus.errors import ArgusError
+from argus.errors import ArgusError, PluginError
 from argus.hookspecs import hookimpl
-from argus.policies.base import Aging, Outliers, PageFacts, StageFacts, check_targets
+from argus.policies.base import Aging, Outliers, PageFacts, StageFacts, check_chosen, check_targets
 from argus.testing import check_outliers
 from argus.tiers.fp16 import Fp16
 from tests.conftest import ask, config, contents, grow, make_layer, make_plan, queries, tokens
@@ -43,6 +43,45 @@ class Counting(Fp16):
     def encode(self, x, role):
         type(self).encoded += len(x)
         return super().encode(x, role)
+
+
+class Sums(Fp16):
+    """Keeps one page of all."""
+
+    def encode(self, x, role):
+        return {"codes": x.half().sum(0)}
+
+
+def test_a_payload_without_its_pages_is_refused():
+    class Plugin:
+        @hookimpl
+        def argus_tiers(self):
+            return {"sums": Sums}
+
+    layer = make_layer(("sums",), extra=[Plugin()])
+    keys, values = tokens(1, 64)
+    with pytest.raises(PluginError, match=r"stage 'sums' keeps keys.codes as .*; allowed: \[\d, 1, ...\], pages and"):
+        grow(layer, keys, values)
+    assert layer.length == 64
+    assert not layer.where
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (torch.ones(3, 8, dtype=torch.bool), r"a tensor of \[3, 8\]"),
+        (torch.ones(1, 1, 1, 1, 8, dtype=torch.bool), r"a tensor of \[1, 1, 1, 1, 8\]"),
+        (torch.ones(8), "a torch.float32 tensor"),
+        ([True] * 8, "a list"),
+    ],
+    ids=str,
+)
+def test_what_a_policy_may_choose(chosen, said):
+    allowed = r"allowed: a bool tensor that broadcasts to \[7, 1, 2, 8\]"
+    with pytest.raises(ArgusError, match=rf"^policy Policy answers with {said}; {allowed}"):
+        check_chosen(chosen, (7, 1, 2, 8), type("Policy", (), {})())
+    for fine in (torch.ones(8, dtype=torch.bool), torch.zeros(7, 1, 1, 8, dtype=torch.bool)):
+        check_chosen(fine, (7, 1, 2, 8), None)
 
 
 def counting(names: list[str]) -> tuple[object, dict[str, type[Counting]]]:

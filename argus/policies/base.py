@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -165,6 +166,17 @@ def check_targets(stages: Sequence[int | None], targets: Any, count: int, first:
         if type(target) is not int or not (stage or 0) <= target < count:
             allowed = f"{stage or 0} to {count - 1}"
             raise ArgusError(f"the aging policy sends page {page} to stage {target!r}; allowed are stages {allowed}")
+
+
+def check_chosen(chosen: Any, shape: Sequence[int], policy: object) -> None:
+    """Raise :class:`ArgusError` unless a policy's answer is a bool tensor that can be taken for one of `shape`."""
+    name, allowed = type(policy).__name__, f"a bool tensor that broadcasts to {list(shape)}"
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
+        said = f"a {chosen.dtype} tensor" if isinstance(chosen, Tensor) else f"a {type(chosen).__name__}"
+        raise ArgusError(f"policy {name} answers with {said}; allowed: {allowed}")
+    sizes = zip(reversed(chosen.shape), reversed(shape), strict=False)
+    if chosen.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise ArgusError(f"policy {name} answers with a tensor of {list(chosen.shape)}; allowed: {allowed}")
 
 
 def salience(keys: Tensor, queries: Tensor) -> list[float]:
