@@ -97,7 +97,7 @@ def main() -> None:
 
 def run() -> None:
     """What was asked for."""
-    from argus.commandline import Command, check, sweeps
+    from argus.commandline import Command, check, parted, sweeps
 
     command = Command.of(sys.argv[1:])
     with one_line():
@@ -109,6 +109,9 @@ def run() -> None:
             check(command)
         folder = sweeps(command)
     if folder is None:
+        # Hydra takes overrides only if they stand together.
+        flags, overrides = parted(command.arguments)
+        sys.argv = [sys.argv[0], *flags, *overrides]
         job()
         return
     sys.argv = [sys.argv[0], *command.into(folder)]

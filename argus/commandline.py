@@ -18,6 +18,10 @@ LAUNCHERS = {
 """The package of each launcher that Hydra's makers give out apart."""
 
 
+SINGLE = ("tiers", "aging", "outliers", "model", "task", "experiment")
+"""Groups of which a run has one choice; of a list Hydra would take the last, and of several experiments sweep none."""
+
+
 FOLDERS = ("--config-dir", "-cd")
 """Flags of Hydra that name a folder of config groups."""
 
@@ -75,6 +79,7 @@ def check(command: Command) -> None:
     from argus.runner import choose
 
     check_launcher(command.overrides)
+    check_choices(command.overrides)
     words = [word for word in command.overrides if not word.startswith("hydra.")]
     for overrides in combinations(words):
         config = validate(RunConfig, compose(overrides, command.folders))
@@ -85,15 +90,40 @@ def check(command: Command) -> None:
 
 
 def sweeps(command: Command) -> str | None:
-    """Where the runs of a sweep go; None where Hydra makes none of it, asked for neither by a flag nor by an experiment."""
+    """Where the runs of a sweep go; None where Hydra makes none of it, asked for neither by a flag nor by an experiment.
+
+    Raises
+    ------
+    ConfigError
+        If it makes none, but an override has several values.
+    """
     from argus.config import sweep_of
+    from argus.errors import ConfigError
 
     if not command.runs:
         return None
     asked = ("hydra.mode=", "hydra.sweep.dir=")
     words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith(asked)]
-    sweep, folder = sweep_of(combinations(words)[0], command.folders)
-    return folder if sweep or command.multirun else None
+    runs = combinations(words)
+    sweep, folder = sweep_of(runs[0], command.folders)
+    if sweep or command.multirun:
+        return folder
+    if len(runs) > 1:
+        named = next(one for one, other in zip(*runs[:2], strict=True) if one != other).split("=")[0]
+        raise ConfigError(f"'{named}' has several values; allowed: one, or -m for a run of each")
+    return None
+
+
+def check_choices(words: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if several choices of a group are asked for that has one in a run."""
+    from argus.errors import ConfigError
+
+    for word in words:
+        group, _, value = word.lstrip("+").partition("=")
+        several = value.startswith("[") or (group == "experiment" and "," in value)
+        if group in SINGLE and several:
+            more = "one at a time" if group == "experiment" else f"one, or -m {group}=a,b for a run of each"
+            raise ConfigError(f"'{word}': a run has one {group}; allowed: {more}")
 
 
 def check_launcher(words: Sequence[str]) -> None:

@@ -68,6 +68,8 @@ WRONG = {
     "seed=one": r"seed: .*integer",
     "model.dtype=int8": r"model.dtype: .*'float16', 'bfloat16' or 'float32'",
     "tiers.order=[": r"'tiers.order=\[' does not parse",
+    "aging=[fifo,uniform]": r"'aging=\[fifo,uniform\]': a run has one aging; allowed: one, or -m aging=a,b for a run of each",
+    "+experiment=aging,jl": r"'\+experiment=aging,jl': a run has one experiment; allowed: one at a time",
     "tiers.window=interval(1,4)": r"only lists of values can be swept",
     "tiers=glob(int*)": r"'tiers=glob\(int\*\)': only lists of values can be swept here, as in tiers=int8,int4",
     "seed=range(1,3,0)": r"'seed=range\(1,3,0\)': .*must not be zero; allowed: a list of values",
@@ -313,6 +315,12 @@ def test_a_listener_is_a_class(answer, monkeypatch):
     monkeypatch.setattr(plugins, "_load_entry_points", lambda manager: manager.register(plugin, "my_package"))
     with pytest.raises(PluginError, match=r"^argus_run_events of plugin 'my_package' answers .*; allowed: a class$"):
         choose(validate(RunConfig, compose(["tiers=int4"])))
+
+
+def test_several_values_without_a_sweep_are_refused():
+    assert sweeps(Command.of(["-m", "tiers=int8", "aging=fifo,log"])) is not None
+    with pytest.raises(ConfigError, match=r"^'aging' has several values; allowed: one, or -m for a run of each$"):
+        sweeps(Command.of(["tiers=int8", "aging=fifo,log"]))
 
 
 def test_known_names_are_read_only():
