@@ -224,8 +224,8 @@ def summarize(folder: Path) -> None:
     skipped = [pair for report in done.values() for pair in report.get("skipped", {}).items()]
     for name, why in dict.fromkeys(skipped):
         print(f"argus: not in the table, cache '{name}': {why}", file=sys.stderr, flush=True)
-    if not found:
-        raise ArgusError(f"no run of the sweep in {folder} has a row of a cache to compare")
+    if not any(line.means for line in found):
+        raise ArgusError(f"no run of the sweep in {folder} has figures of a cache to compare; each has its own table")
     quality = next((pair for pair in QUALITY if all(pair[0] in line.means for line in found)), None)
     best, points = [False] * len(found), []
     if quality is not None:

@@ -238,9 +238,16 @@ def test_the_reference_stands_for_no_cache_that_is_not_installed(tmp_path, capsy
     sweep_of(tmp_path, [(["cache=one"], fp16)])
     path = tmp_path / "0" / "report.json"
     report.write(path, json.loads(path.read_text()) | {"skipped": {"one": "needs one; pip install one"}})
-    with pytest.raises(ArgusError, match=r"no run of the sweep in .* has a row of a cache to compare"):
+    with pytest.raises(ArgusError, match=r"no run of the sweep in .* has figures of a cache to compare"):
         summarize(tmp_path)
     assert "argus: not in the table, cache 'one': needs one; pip install one" in capsys.readouterr().err
+
+
+def test_stages_alone_make_no_table_of_a_sweep(tmp_path):
+    sweep_of(tmp_path, [(["tiers=int4"], [row for row in ROWS if "stage" in row])])
+    with pytest.raises(ArgusError, match=r"has figures of a cache to compare; each has its own table"):
+        summarize(tmp_path)
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def test_a_run_that_left_out_other_caches_is_not_done(run):
