@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from argus.errors import ConfigError
 from argus.tasks import harness
@@ -79,6 +80,18 @@ def test_an_answer_is_decoded_with_the_cache(run, interface):
         assert model.size["cache_bytes"] > 0
     assert torch.equal(out["fp16"], plain)
     assert not torch.equal(out["argus"], plain)
+
+
+def test_a_cache_that_evicts_does_not_generate(run, interface):
+    """Generation goes on at the tokens left, and would read others twice."""
+
+    class Evicting(DynamicCache):
+        def get_seq_length(self, *args, **kwargs):
+            return super().get_seq_length(*args, **kwargs) // 2
+
+    kind = SimpleNamespace(make=lambda run: Evicting())
+    with pytest.raises(ConfigError, match=r"generates with caches that hold every token read; this one evicts some"):
+        language_model(run, kind)._model_generate(torch.tensor([ids(100)]), 108, [])
 
 
 def test_whole_texts_are_refused(run, interface):

@@ -13,7 +13,7 @@ from argus.errors import ConfigError
 from argus.tasks import perplexity
 from argus.tasks.perplexity import Perplexity, PerplexityConfig, window, written
 from argus.tasks.repetition import Repetition, RepetitionConfig, loop
-from argus.tasks.steps import Clock, feed, passage, sampler
+from argus.tasks.steps import Clock, feed, mean_memory, passage, sampler
 
 
 def logits_of(run, kind, ids, context: int) -> torch.Tensor:
@@ -88,6 +88,17 @@ def test_tokens_decoded_do_not_change_what_is_scored_before(run):
     few, many = (list(Perplexity(PerplexityConfig(context=64, scored=9, windows=1, decoded=n)).run(run))[1] for n in (1, 30))
     assert (few["dnll"], few["kl"]) == pytest.approx((many["dnll"], many["kl"]), abs=1e-4)
     assert few["decoded_kl"] != many["decoded_kl"]
+
+
+def test_memory_is_the_mean_of_all_texts(run, monkeypatch):
+    """Bytes may depend on the text: of several the mean is told, not the last."""
+    sizes = [{"cache_bytes": 100, "bits_per_value": 8.0}, {"cache_bytes": 50, "bits_per_value": 4.0}]
+    assert mean_memory(sizes) == {"cache_bytes": 75, "bits_per_value": 6.0, "compression": 16 / 6}
+    assert mean_memory(sizes, [3, 1])["bits_per_value"] == 7.0
+    told = iter([sizes[0], sizes[0], sizes[1], sizes[1]])
+    monkeypatch.setattr(perplexity, "memory", lambda ledger: next(told))
+    rows = list(Perplexity(PerplexityConfig(context=40, scored=4, windows=2, decoded=1)).run(run))
+    assert [row["bits_per_value"] for row in rows] == [6.0, 6.0]
 
 
 def test_the_prose_goes_on_at_its_beginning(tokenizer, monkeypatch):
