@@ -113,11 +113,11 @@ def kinds(manager: pluggy.PluginManager, hook: str) -> Mapping[str, type]:
         for name, kind in named.items():
             if not isinstance(name, str) or not isinstance(kind, type):
                 raise PluginError(f"{hook} of plugin '{plugin}' has {name!r}: {kind!r}; allowed: classes by name")
+            if name in found:
+                raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {plugin}")
             if isabstract(kind):
                 lacking = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
                 raise PluginError(f"{hook} of plugin '{plugin}': '{name}' lacks {lacking}; allowed: classes with all methods")
-            if name in found:
-                raise PluginError(f"{hook}: '{name}' is claimed by {owner[name]} and by {plugin}")
             found[name], owner[name] = kind, plugin
     return MappingProxyType(found)
 

@@ -22,6 +22,7 @@ from argus.policies.base import Aging, Anchors, Outliers
 from argus.tasks.base import CacheKind, RunEvents, Task
 from argus.testing import check_aging, check_anchors, check_backend, check_outliers, check_tier
 from argus.tiers.base import Tier
+from argus.tiers.fp16 import Fp16
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
@@ -120,7 +121,7 @@ def test_a_hook_that_does_not_exist_is_refused():
 
 def test_a_name_claimed_twice_names_both():
     plugin = ModuleType("second")
-    plugin.argus_tiers = argus.hookimpl(lambda: {"int4": Tier})
+    plugin.argus_tiers = argus.hookimpl(lambda: {"int4": Fp16})
     manager = plugins.load()
     manager.register(plugin, "second")
     with pytest.raises(

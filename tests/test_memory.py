@@ -19,7 +19,7 @@ from argus.plan import Plan
 from tests.conftest import tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIM, HEADS = 80, 2
+DIM, HEADS = 72, 2
 """A head_dim of the general kernels, which need nothing that the interpreter lacks."""
 BACKENDS = sorted(plugins.kinds(plugins.load(), "argus_backends"))
 
