@@ -29,7 +29,7 @@ from argus.hookspecs import hookimpl
 from argus.ledger import Match
 from argus.tasks.base import Row, Run, RunEvents
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "report.json"
 PACKAGES = ("torch", "triton", "transformers", "hydra-core", "pluggy", "pydantic")
 

@@ -72,7 +72,7 @@ def test_overview(model, tmp_path):
     assert is_picture(out / "bytes.png")
     data = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert {"schema", "command", "versions", "device", "config", "rows"} <= set(data)
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["command"] == shlex.join(["python", "-m", "argus", *words])
     assert data["versions"]["torch"] == torch.__version__
     assert data["versions"]["transformers"] == transformers.__version__

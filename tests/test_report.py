@@ -50,7 +50,7 @@ def test_the_document(run, capsys, monkeypatch):
     report.Reporter().end(run, ROWS)
     data = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     assert {"schema", "command", "versions", "device", "config", "rows"} <= set(data)
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["command"] == "python -m argus tiers=int4 seed=0"
     assert data["rows"] == ROWS
     assert {"argus", "python", "torch", "transformers"} <= set(data["versions"])
