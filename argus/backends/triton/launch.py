@@ -155,7 +155,7 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         return Job(part, "any", tokens)
     if part.members:
         return Job(part, "few", part.pages * (part.page // 32), (part.page, mask, part.exact, *part.outlying), tuning.FEW)
-    if all(in_projection(form, kept, part.page) for form, kept in part.roles) and part.key_form.ratio == part.value_form.ratio:
+    if projected(part, dim):
         factors = (form.factor(part.page) for form, _ in part.roles)
         facts = (part.page // part.key_form.ratio, mask, part.exact, *part.outlying, *factors)
         return Job(part, "projected", part.pages, facts, tuning.PROJECTED)
@@ -179,6 +179,12 @@ def job_of(query: Query, part: Run | Dense) -> Job:
         cost = tiles * (tuning.EIGHT if coded else tuning.SIXTEEN)
         return Job(part, "pages", part.pages * (page // (16 * tiles)), facts, cost)
     return Job(part, "any", part.pages)
+
+
+def projected(run: Run, dim: int) -> bool:
+    """Whether lanes answer for projected pages."""
+    alike = all(in_projection(form, kept, run.page) for form, kept in run.roles) and run.key_form.ratio == run.value_form.ratio
+    return alike and (dim % 64 == 0 or not any(run.outlying))
 
 
 def _group(form: Affine | Float8, page: int, dim: int) -> int:

@@ -6,6 +6,9 @@ A page is ``x = mean + W^T c`` with 16, 8 or 4 rows ``c`` for 64 tokens, so ``q 
 integer tensor cores, ``q`` and ``W p`` as two int8 parts; products with ``W``, of ones and minus ones, and with means on
 ``mma.m16n8k16``, every FP32 factor as two FP16 parts. Lane ``4 g + t`` answers row ``t`` for tokens ``8 i + g``; ``W`` is read
 from the L1 cache for each page: its registers would leave room for fewer warps.
+
+Channels that are no multiple of 64 are taken as the next one: lanes that have none read those of others, multiply them by
+zeros of ``q``, and store nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from argus.backends.triton.lanes import (
     _floats,
     _half,
     _halves,
+    _load2,
     _load4,
     _mma,
     _mma16,
@@ -48,6 +52,36 @@ def _pair(a, b):
     low_a, none = _short(rest_a, False)
     low_b, none = _short(rest_b, False)
     return high_a | (high_b << 16), low_a | (low_b << 16)
+
+
+@triton.constexpr_function
+def _padded(dim):
+    """Channels that lanes have room for."""
+    return (dim + 63) // 64 * 64
+
+
+@triton.jit
+def _row_codes(row_at, t, D: tl.constexpr):
+    """A lane's share of the codes of a row of keys: words of channels c, and D / 2 further."""
+    if D % 64 == 0:
+        words = _words(row_at + t * (D // 8), D // 32)
+    else:
+        words = ()
+        for j in tl.static_range(_padded(D) // 64):
+            words = words + _load2(row_at + tl.minimum(t * (_padded(D) // 64) + j, D // 16 - 1) * 8)
+    return words
+
+
+@triton.jit
+def _some(at, held, COUNT: tl.constexpr, ALL: tl.constexpr):
+    """COUNT float32 from one address a lane, zeros where they are not `held`; ALL: they are."""
+    x = _floats(at, COUNT)
+    if not ALL:
+        y = ()
+        for i in tl.static_range(COUNT):
+            y = y + (tl.where(held, x[i], 0.0),)
+        x = y
+    return x
 
 
 @triton.jit
@@ -75,7 +109,9 @@ def _projected_share(
     row = where[1] + t
     held_row = tl.minimum(row, R - 1)
     # q as two int8 parts for codes and as two FP16 parts for means, each in the order in which lanes load its factor.
-    KW: tl.constexpr = D // 32
+    DP: tl.constexpr = _padded(D)
+    ALL: tl.constexpr = D == DP
+    KW: tl.constexpr = DP // 32
     size = tl.zeros((32,), tl.float32)
     q_sum = tl.zeros((32,), tl.float32)
     q = _floats(q_at + t * D, D // 4)
@@ -91,24 +127,27 @@ def _projected_share(
     flip = tl.where(part == 1, 0x80808080 - (1 << 32), 0).to(tl.int32)
     b = ()
     for w in tl.static_range(KW):
+        place = t * (DP // 8) + 4 * w
         for h in tl.static_range(2):
-            q = _floats(q_at + (h * (D // 2) + t * (D // 8) + 4 * w) * 4, 4)
+            q = _some(q_at + (h * (D // 2) + tl.minimum(place, D // 2 - 4)) * 4, place < D // 2, 4, ALL)
             low = _bytes(_bits(q[0] * inverse), _bits(q[1] * inverse), pairs)
             high = _bytes(_bits(q[2] * inverse), _bits(q[3] * inverse), pairs)
             b = b + (_bytes(low, high, tl.full((32,), 0x5410, tl.int32)) ^ flip,)
     means = ()
-    for n in tl.static_range(D // 8):
-        q = _floats(q_at + ((n // 4) * 32 + t * 8 + (n % 4) * 2) * 4, 2)
+    for n in tl.static_range(DP // 8):
+        place = (n // 4) * 32 + t * 8 + (n % 4) * 2
+        q = _some(q_at + tl.minimum(place, D - 2) * 4, place < D, 2, ALL)
         high, low = _pair(q[0], q[1])
         means = means + (tl.where(part == 1, low, high),)
     # The facts of row t, from the lanes of the queries' columns 2 t.
     q_row = q_ptr.to(tl.int64) + (inner * R + held_row) * (D * 4)
     row_sum = tl.zeros((32,), tl.float32)
     row_size = tl.zeros((32,), tl.float32)
-    q = _floats(q_row + g * (D // 2), D // 8)
-    for i in tl.static_range(D // 8):
-        row_sum += q[i]
-        row_size = tl.maximum(row_size, tl.abs(q[i]))
+    for n in tl.static_range(D // 16):
+        q = _floats(q_row + g * (D // 2) + n * 8, 2)
+        for i in tl.static_range(2):
+            row_sum += q[i]
+            row_size = tl.maximum(row_size, tl.abs(q[i]))
     row_sum = _sum(row_sum)
     unscale = tl.maximum(_most(row_size), 1e-30) * (1.0 / REACH)
     # Rows g and g + 8 of the coefficients; where there are fewer, the last again, which the projections do not count.
@@ -120,18 +159,19 @@ def _projected_share(
     total = tl.zeros((32,), tl.float32)
     none4 = (tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32), tl.zeros((32,), tl.int32))
     zero4 = (tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32))
-    VW: tl.constexpr = D // 64
+    VW: tl.constexpr = DP // 64
+    own = g * (DP // 16) if ALL else tl.minimum(g * (DP // 16), D // 2 - DP // 16)
     acc = ()
-    for i in tl.static_range(D // 8):
+    for i in tl.static_range(DP // 8):
         acc = acc + (tl.zeros((32,), tl.float32),)
     if KEXACT or VEXACT:
         k_exact, v_exact = _exact_rows((table_ptr, positions_ptr, run[4], run[5]), begin, inner, 64, KEXACT, VEXACT)
     for page in range(begin, end):
         row_of = table_ptr + page * FIELDS
-        codes = tl.load(row_of) + inner * (M * D // 2) + t * (D // 8)
-        upper = _words(codes + near * (D // 2), KW)
-        lower = _words(codes + far * (D // 2), KW) if M > 8 else upper
-        codes = tl.load(row_of + 3) + inner * (M * D // 2) + g * (D // 16)
+        codes = tl.load(row_of) + inner * (M * D // 2)
+        upper = _row_codes(codes + near * (D // 2), t, D)
+        lower = _row_codes(codes + far * (D // 2), t, D) if M > 8 else upper
+        codes = tl.load(row_of + 3) + inner * (M * D // 2) + own
         v0 = _words(codes + tl.minimum(2 * t, M - 1) * (D // 2), VW)
         v2 = _words(codes + tl.minimum(2 * t + 1, M - 1) * (D // 2), VW)
         v1 = _words(codes + (2 * t + 8) * (D // 2), VW) if M > 8 else v0
@@ -147,7 +187,7 @@ def _projected_share(
         for w in tl.static_range(KW):
             a = (upper[w] & 0x0F0F0F0F, lower[w] & 0x0F0F0F0F, (upper[w] >> 4) & 0x0F0F0F0F, (lower[w] >> 4) & 0x0F0F0F0F)
             c = _mma(a, b[2 * w], b[2 * w + 1], c, False)
-            mean = _load4(mean_at + w * 64)
+            mean = _load4(mean_at + (w * 64 if ALL else tl.minimum(w * 64, D * 2 - 16 - t * 16)))
             f = _mma16(mean[0], mean[0], mean[1], mean[1], means[4 * w], means[4 * w + 1], f, False)
             f = _mma16(mean[2], mean[2], mean[3], mean[3], means[4 * w + 2], means[4 * w + 3], f, False)
         scale_at = tl.load(row_of + 1) + inner * (M * 2)
@@ -219,7 +259,7 @@ def _projected_share(
         undo = size * (1.0 / REACH)
         mixed = _bytes(_bits(w0 * factor), _bits(w1 * factor), tl.full((32,), 0x4051, tl.int32))
         mixed = _transposed(mixed ^ (0x80800000 - (1 << 32)))
-        mean_at = tl.load(row_of + 8) + inner * (2 * D) + g * (D // 8)
+        mean_at = tl.load(row_of + 8) + inner * (2 * D) + own * 2
         low_mean = _words(mean_at, 2 * VW)
         high_mean = _words(mean_at + D, 2 * VW)
         new = ()
@@ -254,9 +294,10 @@ def _projected_share(
             _fetch_exact(run[4], k_exact[0], k_exact[1], run[5], v_exact[0], v_exact[1])
     safe = tl.where(total > 0.0, total, 1.0)
     stored = row < R
-    to = result[0].to(tl.int64) + (row * D + g * (D // 16)) * 4
+    to = result[0].to(tl.int64) + (row * D + own) * 4
     half = D // 2 * 4
-    for i in tl.static_range(D // 32):
-        _store2(to + i * 8, acc[4 * i] / safe, acc[4 * i + 2] / safe, stored)
-        _store2(to + half + i * 8, acc[4 * i + 1] / safe, acc[4 * i + 3] / safe, stored)
+    held = stored if ALL else stored & (g * (DP // 16) < D // 2)
+    for i in tl.static_range(DP // 32):
+        _store2(to + i * 8, acc[4 * i] / safe, acc[4 * i + 2] / safe, held)
+        _store2(to + half + i * 8, acc[4 * i + 1] / safe, acc[4 * i + 3] / safe, held)
     tl.store(result[1] + row, tl.where(total > 0.0, m + tl.log2(safe), float("-inf")), mask=stored & (g == 0))

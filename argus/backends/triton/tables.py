@@ -91,7 +91,7 @@ def in_projection(form: object, payload: Payload, page: int) -> bool:
         return False
     inner, dim = form.inner, payload["mean"].shape[-1]
     known = isinstance(inner, Affine) and inner == Affine(4, "token", inner.group) and inner.group in (None, dim)
-    return known and page == 64 and form.ratio in (4, 8, 16) and dim % 64 == 0
+    return known and page == 64 and form.ratio in (4, 8, 16) and dim % 16 == 0 and dim >= 32
 
 
 def readable(segment: Segment) -> bool:
