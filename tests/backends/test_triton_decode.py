@@ -22,7 +22,7 @@ from tests.backends.decoding import (  # isort: skip  Triton is told to interpre
 )
 
 from argus.attention import Query
-from argus.backends.base import Affine, Dense, Plain, Segment
+from argus.backends.base import Affine, Dense, Float8, Plain, Segment
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch, tuning
 from argus.exact import to_eight
@@ -101,6 +101,23 @@ def test_tokens_of_16_bits_of_other_head_dims(dim: int, dtype: torch.dtype, page
     case.check()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "dim", "pages"),
+    [
+        (Float8("channel", None), Float8("token", None), 48, 1),
+        (Float8("channel", 32), Float8("channel", 32), 80, 9),
+        (Float8("token", 8), Float8("token", 16), 80, 1),
+        (Float8("token", None), Float8("channel", 16), 96, 1),
+        (Float8("channel", 16), Float8("token", 8), 112, 1),
+    ],
+)
+def test_float8_codes_of_other_head_dims(key: Float8, value: Float8, dim: int, pages: int) -> None:
+    case = Case(key, value, dim=dim, groups=3, counts=(pages,), batch=1, heads=1, seed=dim)
+    [run] = case.backend.tables.of(case.segments).runs
+    assert launch.job_of(case.query, run).share == "pages"
+    case.check()
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", ["padding", "per-head", "additive", "additive-min"])
 def test_masks(kind: str, steps: int) -> None:
@@ -122,12 +139,15 @@ def test_masks(kind: str, steps: int) -> None:
     case.check(Query(q.rows, q.start, q.length, mask))
 
 
-@pytest.mark.parametrize(("dim", "steps"), [(64, 1), (80, 1), (128, 3)])
+@pytest.mark.parametrize(("dim", "steps"), [(64, 1), (72, 1), (80, 1), (96, 1), (128, 3)])
 def test_anchors_in_eight_bits(dim: int, steps: int) -> None:
     case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, exact=True, steps=steps)
     part = case.dense.pop()
     (keys, key_scale), (values, value_scale) = (to_eight(x.float() * 3) for x in (part.keys, part.values))
-    case.dense.append(Dense(keys, values, 0, part.last, part.positions, True, (key_scale, value_scale)))
+    coded = Dense(keys, values, 0, part.last, part.positions, True, (key_scale, value_scale))
+    case.dense.append(coded)
+    [taken] = launch.apart(case.query, coded)
+    assert launch.job_of(case.query, taken).share == ("dense" if dim % 16 == 0 else "any")
     case.check()
 
 

@@ -21,6 +21,7 @@ from argus.backends.triton.lanes import (
     _from_e4m3,
     _from_int8,
     _load1,
+    _load16,
     _load2,
     _load4,
     _mma16,
@@ -50,6 +51,19 @@ def _eight(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr,
     else:
         scale = _load4(scales + (token // G * D + channel) * 2)
     return _times(x[0], scale[0]), _times(x[1], scale[1]), _times(x[2], scale[2]), _times(x[3], scale[3])
+
+
+@triton.jit
+def _two(codes, scales, token, channel, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SIGNED: tl.constexpr):
+    """Two neighbouring channels, from an even one on, as :func:`_eight` has eight."""
+    w = _load16(codes + token * D + channel)
+    x = _from_int8(w)[0] if SIGNED else _from_e4m3(w)[0]
+    if TOKENS:
+        one = _load16(scales + (token * (D // G) + channel // G) * 2)
+        scale = one | (one << 16)
+    else:
+        scale = _load1(scales + (token // G * D + channel) * 2)
+    return _times(x, scale)
 
 
 @triton.jit
@@ -93,6 +107,29 @@ def _value_words(token_at, g, D: tl.constexpr):
     else:
         for i in tl.static_range(LEFT):
             words = words + (_load1(left_at + 4 * i),)
+    return words
+
+
+@triton.jit
+def _key_codes(codes, scales, token, t, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SIGNED: tl.constexpr):
+    """:func:`_key_words` of codes."""
+    words = ()
+    for n in tl.static_range(D // 32):
+        words = words + (_eight(codes, scales, token, n * 32 + t * 8, D, TOKENS, G, SIGNED),)
+    if D % 32:
+        words = words + (_eight(codes, scales, token, D // 32 * 32 + t % 2 * 8, D, TOKENS, G, SIGNED),)
+    return words
+
+
+@triton.jit
+def _value_codes(codes, scales, token, g, D: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, SIGNED: tl.constexpr):
+    """:func:`_value_words` of codes."""
+    words = ()
+    for n in tl.static_range(D // 64):
+        words = words + _eight(codes, scales, token, n * 64 + g * 8, D, TOKENS, G, SIGNED)
+    LEFT: tl.constexpr = D % 64 // 16
+    for i in tl.static_range(LEFT):
+        words = words + (_two(codes, scales, token, D // 64 * 64 + g * (2 * LEFT) + 2 * i, D, TOKENS, G, SIGNED),)
     return words
 
 
@@ -183,8 +220,7 @@ def _halves_share(
             if DENSE:
                 token = tl.minimum(token, end - 1)
             if CODED:
-                for n in tl.static_range(KW):
-                    keys = keys + (_eight(k_from, k_scale, token, n * 32 + t * 8, D, KTOKENS, KG, DENSE),)
+                keys = keys + _key_codes(k_from, k_scale, token, t, D, KTOKENS, KG, DENSE)
             else:
                 keys = keys + _key_words(k_from + token.to(tl.int64) * k_token, t, D)
         values = ()
@@ -194,8 +230,7 @@ def _halves_share(
                 if DENSE:
                     token = tl.minimum(token, end - 1)
                 if CODED:
-                    for n in tl.static_range(D // 64):
-                        values = values + _eight(v_from, v_scale, token, n * 64 + g * 8, D, VTOKENS, VG, DENSE)
+                    values = values + _value_codes(v_from, v_scale, token, g, D, VTOKENS, VG, DENSE)
                 else:
                     values = values + _value_words(v_from + token.to(tl.int64) * v_token, g, D)
         if KEXACT or VEXACT:
