@@ -12,8 +12,9 @@ run: $(READY)  ## the main job: python -m argus tiers=default
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest -n 2
 
-lint: $(READY)  ## ruff, on code and format of imports
+lint: $(READY)  ## ruff, on code and its format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(READY)  ## mypy, strict
 	$(BIN)/mypy

@@ -187,9 +187,7 @@ def spread(ones: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[
     """Means of what all have, NaN of tasks' own figures that some lack; and sample standard deviations of several."""
     names = dict.fromkeys(name for one in ones for name in one)
     shared = {
-        name: [one.get(name, nan) for one in ones]
-        for name in names
-        if name not in FIGURES or all(name in one for one in ones)
+        name: [one.get(name, nan) for one in ones] for name in names if name not in FIGURES or all(name in one for one in ones)
     }
     means = {name: fmean(values) for name, values in shared.items()}
     return means, {name: deviation(values) for name, values in shared.items()} if len(ones) > 1 else {}

@@ -48,9 +48,7 @@ def config(
 ) -> CacheConfig:
     """A cache's config; a stage is named after its tier. Capacities are in tokens; `kept`: how anchors are."""
     chosen = SEVEN | dict(options or {})
-    stages = {
-        name: StageConfig(tier=name, capacity=(capacities or {}).get(name), **chosen.get(name, {})) for name in order
-    }
+    stages = {name: StageConfig(tier=name, capacity=(capacities or {}).get(name), **chosen.get(name, {})) for name in order}
     sizes = {"page_size": 8, "window": 8, "block_pages": 4, "dtype": "float32", "allow_growth": True, "anchors": kept} | ladder
     return CacheConfig(
         tiers=LadderConfig(order=tuple(order), stages=stages, **sizes),

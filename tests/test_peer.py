@@ -61,8 +61,15 @@ def run(model, tmp_path):
     plan = build(load_cache_config(SMALL), 8)
     caches = {"fp16": Half(), "argus": Argus()}
     yield SimpleNamespace(
-        model=model, tokenizer=Words(), device=torch.device("cpu"), plan=plan, caches=caches, folder=tmp_path, seed=3,
-        tell=lambda sentence: None, show=lambda text: None,
+        model=model,
+        tokenizer=Words(),
+        device=torch.device("cpu"),
+        plan=plan,
+        caches=caches,
+        folder=tmp_path,
+        seed=3,
+        tell=lambda sentence: None,
+        show=lambda text: None,
     )
     unpatch(model)
 

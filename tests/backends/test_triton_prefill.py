@@ -92,7 +92,10 @@ def test_a_tier_s_own_function() -> None:
 @pytest.mark.parametrize(
     ("inner", "ratio", "page", "dim"),
     [
-        ("int4-token", 4, 64, 64), ("int4-token", 16, 64, 128), ("int4-token", 2, 64, 64), ("plain", 4, 64, 64),
+        ("int4-token", 4, 64, 64),
+        ("int4-token", 16, 64, 128),
+        ("int4-token", 2, 64, 64),
+        ("plain", 4, 64, 64),
         ("sign", 4, 32, 80),
     ],
 )

@@ -40,7 +40,14 @@ def run(tokenizer, tmp_path):
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3, generator=torch.Generator().manual_seed(2))
     yield SimpleNamespace(
-        model=model, tokenizer=tokenizer, device=torch.device("cpu"), plan=build(load_cache_config(LADDER), 8),
-        caches={"fp16": Half(), "argus": Argus()}, folder=tmp_path, seed=3, tell=lambda sentence: None, show=lambda text: None,
+        model=model,
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        plan=build(load_cache_config(LADDER), 8),
+        caches={"fp16": Half(), "argus": Argus()},
+        folder=tmp_path,
+        seed=3,
+        tell=lambda sentence: None,
+        show=lambda text: None,
     )
     unpatch(model)

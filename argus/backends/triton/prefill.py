@@ -46,7 +46,7 @@ class Running:
         if sinks is not None:
             spread = sinks.float().view(1, heads, -1, 1).expand(batch, heads, query.groups, query.length)
             best[0] = spread.reshape(batch, heads, rows) * LOG2E
-            total[0] = 2.0 ** LIFT.value
+            total[0] = 2.0**LIFT.value
         return cls(out, best, total)
 
     @property
