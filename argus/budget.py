@@ -64,9 +64,9 @@ def meet(plan: Plan, budget: Budget, shape: Shape) -> Plan:
     asked = budget.bits
     if asked is None:
         return plan
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     size = (2, 1, shape.heads, budget.context, shape.head_dim)
-    keys, values = torch.randn(size, generator=generator).to(shape.device, shape.dtype)
+    keys, values = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(shape.device, shape.dtype)
     low, high = LEAST, MOST
     under, over = (attempt(plan, factor, keys, values, shape.reaches) for factor in (low, high))
     if under.pages == over.pages:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argus.blocks import EXACT
 from argus.errors import PluginError
-from argus.pages import Slab, Window, smooth, to_pages
+from argus.pages import Slab, Window, positions, smooth, to_pages
 from argus.plan import Plan
 from argus.policies.base import NewPages, check_chosen, salience
 from argus.tiers.base import ROLES, Role
@@ -86,10 +86,10 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
     encoded = []
     for target in sorted(set(targets)):
         rows = [i for i, t in enumerate(targets) if t == target]
-        payload: Slab = {} if kept is None else {EXACT: kept[rows]}
+        where = positions(rows, keys)
+        payload: Slab = {} if kept is None else {EXACT: kept[where]}
         for role in ROLES:
-            x = rests[role][rows] if len(rows) < len(targets) else rests[role]
-            found = encode(plan, target, x, role)
+            found = encode(plan, target, rests[role][where], role)
             for name, tensor in found.items():
                 if tuple(tensor.shape[:2]) != (len(rows), keys.shape[1]):
                     said = f"stage '{plan.stages[target].facts.name}' keeps {role}.{name} as {list(tensor.shape)}"
@@ -107,9 +107,9 @@ def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: C
     taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
     padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
     tokens = None if known.tokens is None else known.tokens[:, start:]
-    positions = torch.arange(start, start + n * size, device=keys.device).view(n, size)
+    numbers = torch.arange(start, start + n * size, device=keys.device).view(n, size)
     for policy in plan.anchors:
-        chosen = policy.choose(NewPages(keys, values, positions, padding, tokens, taken, known.queries))
+        chosen = policy.choose(NewPages(keys, values, numbers, padding, tokens, taken, known.queries))
         check_chosen(chosen, taken.shape, policy)
         taken = taken | chosen
     return taken

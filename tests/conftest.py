@@ -71,13 +71,14 @@ def make_layer(*args: Any, extra: Sequence[Any] = (), head_dim: int = DIM, **opt
 def tokens(seed: int, steps: int, batch: int = 1, heads: int = HEADS, dim: int = DIM) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, H, S, D]``, float32 numbers that FP16 holds too."""
     generator = torch.Generator().manual_seed(seed)
-    keys, values = torch.randn(2, batch, heads, steps, dim, generator=generator).half().float()
+    keys, values = torch.randn(2, batch, heads, steps, dim, generator=generator, dtype=torch.float32).half().float()
     return keys, values
 
 
 def queries(seed: int, steps: int, batch: int = 1, heads: int = HEADS * GROUPS, dim: int = DIM) -> Tensor:
     """Queries ``[B, Hq, S, D]``."""
-    return torch.randn(batch, heads, steps, dim, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, heads, steps, dim, generator=generator, dtype=torch.float32)
 
 
 def dense_attention(

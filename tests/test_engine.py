@@ -50,6 +50,32 @@ def answers_as_it_reads(layer: LayerCache, q: Tensor, **options) -> None:
     torch.testing.assert_close(found.double(), wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_defaults_of_torch_change_nothing(ladder: str) -> None:
+    """What a program sets for all tensors made without a dtype or a device."""
+
+    def life() -> Tensor:
+        layer = make_layer(**LADDERS[ladder])
+        with torch.device("cpu"):
+            written, asked = [tokens(seed, 40, 2) for seed in range(3)], queries(9, 1, 2)
+        for pair in written:
+            layer.write(*pair)
+            layer.age()
+        layer.crop(101)
+        layer.select(torch.tensor([1, 0, 1], device="cpu"))
+        return ask(layer, asked[torch.tensor([1, 0, 1], device="cpu")])
+
+    wanted = life()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = life()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
+
+
 # Memory
 
 BUDGET = 2048

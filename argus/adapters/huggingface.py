@@ -161,7 +161,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layers[0].batch_size
         super().batch_repeat_interleave(repeats)
-        self.transcript.select(torch.arange(rows).repeat_interleave(repeats))
+        self.transcript.select(torch.arange(rows, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = chosen(indices, self.layers[0].batch_size)

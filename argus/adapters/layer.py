@@ -36,7 +36,7 @@ def module_groups(module: Any) -> int:
 
 def chosen(indices: Any, batch: int) -> Tensor:
     """Rows of a batch (int64) that `indices` choose as they would of a tensor: numbers, a mask, or a slice."""
-    return torch.arange(batch)[indices.cpu() if isinstance(indices, Tensor) else indices]
+    return torch.arange(batch, device="cpu")[indices.cpu() if isinstance(indices, Tensor) else indices]
 
 
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -148,7 +148,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self._select(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(chosen(indices, self.batch_size))

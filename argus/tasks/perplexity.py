@@ -15,7 +15,7 @@ from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.steps import Change, Clock, Scores, feed, ids_of, mean_memory, memory, passage, score
 
 WARM = 64
-"""Tokens read before anything is timed, at most."""
+"""Tokens read on a CPU before anything is timed, at most."""
 
 
 class PerplexityConfig(TaskConfig):
@@ -31,6 +31,15 @@ class PerplexityConfig(TaskConfig):
 def window(run: Run, length: int, number: int, more: int = 0) -> Tensor:
     """Token ids ``[1, length + more]`` of window `number` of the prose; where it starts varies with the seed and `length`."""
     return ids_of(run, passage(run.tokenizer, length, random.Random(f"{run.seed} {number}"), more))
+
+
+def warm(run: Run, ids: Tensor) -> None:
+    """Take what is slower once in a process: its first pass, and on a GPU each cache's, for which kernels are compiled."""
+    kinds = list(run.caches.values())
+    if run.device.type == "cpu":
+        kinds, ids = kinds[:1], ids[:, :WARM]
+    for kind in kinds:
+        feed(run, kind.make(run), ids)
 
 
 class Perplexity(Task):
@@ -53,8 +62,7 @@ class Perplexity(Task):
         at_once: dict[str, list[Change]] = {name: [] for name in run.caches}
         one_by_one: dict[str, list[Change]] = {name: [] for name in run.caches}
         sizes: dict[str, list[Row]] = {name: [] for name in run.caches}
-        # A process's first pass is slower than any other, and would count against the cache that runs first.
-        feed(run, next(iter(run.caches.values())).make(run), window(run, min(config.context, WARM), 0))
+        warm(run, window(run, config.context, 0))
         for number in range(config.windows):
             ids = window(run, config.context + config.scored, number, config.decoded)
             held: dict[str, Any] = {}

@@ -5,6 +5,7 @@ The projection is a fast one (Ailon and Chazelle 2009): rows of a Hadamard matri
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -49,12 +50,14 @@ def projection(page_size: int, rows: int, seed: int) -> Tensor:
         Up to `page_size`.
     seed : int
     """
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.ones(1, 1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = partial(torch.randperm, generator=generator, device="cpu")
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(matrix) < page_size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    order = torch.cat([1 + torch.randperm(page_size - 1, generator=generator), torch.zeros(1, dtype=torch.int64)])
-    return matrix[order[:rows]][:, torch.randperm(page_size, generator=generator)].contiguous()
+    # The constant row is row 0.
+    order = [*(1 + drawn(page_size - 1)).tolist(), 0]
+    return matrix[order[:rows]][:, drawn(page_size)].contiguous()
 
 
 class Jl(Tier):

@@ -50,7 +50,8 @@ def survey(mask: Tensor) -> Sight:
     if not seen:
         return Sight(0, -1, 0, -1)
     # The longest run of columns that every row sees lies between two neighbours that some row does not.
-    edges = torch.cat([torch.tensor([-1]), (~lines[1]).nonzero().flatten(), torch.tensor([mask.shape[-1]])])
+    ends = torch.tensor([-1, mask.shape[-1]], device="cpu")
+    edges = torch.cat([ends[:1], (~lines[1]).nonzero().flatten(), ends[1:]])
     longest = int(edges.diff().argmax())
     return Sight(seen[0], seen[-1], int(edges[longest]) + 1, int(edges[longest + 1]) - 1)
 

@@ -131,7 +131,8 @@ def addresses(segment: Segment) -> Tensor:
     facts = facts_of(*forms_of(segment), segment.page_size)
     starts = [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), facts]
     steps = [*(0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in tensors), 0]
-    return torch.tensor(starts) + torch.tensor(steps) * torch.arange(len(segment.positions)).unsqueeze(-1)
+    first, step = torch.tensor([starts, steps], device="cpu")
+    return first + step * torch.arange(len(segment.positions), device="cpu").unsqueeze(-1)
 
 
 Find = Callable[[Segment], Tensor]

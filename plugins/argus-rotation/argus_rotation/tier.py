@@ -56,7 +56,13 @@ def hadamard(x: Tensor) -> Tensor:
 
 def random_signs(length: int, seed: int) -> Tensor:
     """``[length]`` float32, ones and minus ones."""
-    return 2.0 * torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(seed)) - 1.0
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return 2.0 * torch.randint(0, 2, (length,), generator=generator, device="cpu").float() - 1.0
+
+
+def identity(length: int) -> Tensor:
+    """``[length, length]`` float32."""
+    return torch.eye(length, dtype=torch.float32, device="cpu")
 
 
 def kernel() -> Any:
@@ -85,7 +91,7 @@ class Rotation(Tier):
 
     def rotation(self, dim: int, like: Tensor) -> Tensor:
         """``R [D, D]`` float32 with ``x = y R``, ``H`` with random signs, on the device of `like`, made once."""
-        return self._constant(f"rotation.{dim}", like, lambda: hadamard(torch.eye(dim)) * random_signs(dim, self.config.seed))
+        return self._constant(f"rotation.{dim}", like, lambda: hadamard(identity(dim)) * random_signs(dim, self.config.seed))
 
     def signs(self, dim: int, like: Tensor) -> Tensor:
         """The signs ``[D]`` float32 of :meth:`rotation` on the device of `like`, made once."""
@@ -93,12 +99,14 @@ class Rotation(Tier):
 
     def levels(self, like: Tensor) -> Tensor:
         """The codebook ``[2 ** bits]`` float32 on the device of `like`, made once."""
-        return self._constant("levels", like, lambda: torch.tensor(codebook(self.config.bits)))
+        return self._constant("levels", like, self._levels)
 
     def bounds(self, like: Tensor) -> Tensor:
         """``[2 ** bits - 1]`` float32, midway between levels."""
-        levels = torch.tensor(codebook(self.config.bits))
-        return self._constant("bounds", like, lambda: (levels[1:] + levels[:-1]) / 2)
+        return self._constant("bounds", like, lambda: (self._levels()[1:] + self._levels()[:-1]) / 2)
+
+    def _levels(self) -> Tensor:
+        return torch.tensor(codebook(self.config.bits), dtype=torch.float32, device="cpu")
 
     def _constant(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
         key = f"{name}.{like.device}"
@@ -124,7 +132,7 @@ class Rotation(Tier):
         size = width(dim, bits)
         if size is None:
             return None
-        turn = self._constant(f"turn.{size}", x, lambda: (hadamard(torch.eye(size)) * sqrt(size)).round().half())
+        turn = self._constant(f"turn.{size}", x, lambda: (hadamard(identity(size)) * sqrt(size)).round().half())
         return encode(x, turn, self.signs(dim, x), self.bounds(x), bits, size)
 
     def decode(self, payload: Payload, role: Role) -> Tensor:

@@ -146,3 +146,20 @@ def test_its_config_files_compose(bits):
 def test_the_table_prints(capsys):
     main()
     assert capsys.readouterr().out.count("\n") == 6
+
+
+def test_defaults_of_torch_change_nothing() -> None:
+    x = normal(3, 2, 2, 32, 64)
+
+    def read(tier: Rotation) -> torch.Tensor:
+        return tier.decode(tier.encode(x, "keys"), "keys")
+
+    wanted = read(rotation())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = read(rotation())
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
