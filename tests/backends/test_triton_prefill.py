@@ -21,6 +21,7 @@ from argus.attention import Query  # noqa: E402
 from argus.backends.base import Affine, Dense, Loaded, Plain, Segment  # noqa: E402
 from argus.backends.cpu import CpuBackend  # noqa: E402
 from argus.backends.triton import expand, prefill, staging  # noqa: E402
+from argus.backends.triton.backend import TritonBackend  # noqa: E402
 from argus.backends.triton.sight import Sight, Sights, survey  # noqa: E402
 from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
@@ -344,3 +345,21 @@ def test_sight_cuts_consecutive_tokens() -> None:
     assert list(staging.cut(10, 29, Sight(15, 25, 18, 18))) == [(5, 8, 15, 17), (8, 9, 18, 18), (9, 16, 19, 25)]
     assert list(staging.cut(10, 29, Sight(0, 40, 0, -1))) == [(0, 20, 10, 29)]
     assert list(staging.cut(10, 29, Sight(30, 40, 30, 40))) == list(staging.cut(10, 29, Sight(0, -1, 0, -1))) == []
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_defaults_of_torch_change_nothing(steps: int) -> None:
+    """What a program sets for all tensors made without a dtype or a device; of a few queries, too, and with a mask."""
+    case = Case(FORMS["int4"], FORMS["int4-token"], dim=72, counts=(2,), exact=True, steps=steps)
+    mask = torch.ones(2, 1, steps, case.length, dtype=torch.bool, device=DEVICE).tril(case.length - steps)
+    mask[0, :, :, :9] = False
+    query = Query(case.query.rows, case.query.start, steps, mask=mask)
+    wanted = TritonBackend().attend(query, case.segments, case.dense)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = TritonBackend().attend(query, case.segments, case.dense)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
