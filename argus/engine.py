@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,20 @@ from argus.pages import Pool, Slab, Window, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
 from argus.tiers.base import ROLES, Role, gate
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concatenate[LayerCache, P], R]:
+    """A method during which the device that holds the layer is the current one: kernels, plugins' too, are launched there."""
+
+    @wraps(method)
+    def call(layer: LayerCache, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(layer.home):
+            return method(layer, *args, **kwargs)
+
+    return call
 
 
 class LayerCache:
@@ -56,6 +72,8 @@ class LayerCache:
         Batch, key-value heads and head_dim of the keys written last.
     value_dim : int
         The head_dim of values.
+    home : int
+        Which GPU holds it; -1: none.
     """
 
     def __init__(self, plan: Plan, reach: int | None = None) -> None:
@@ -76,6 +94,7 @@ class LayerCache:
         self.outliers: dict[Role, ExactNumbers] = {role: ExactNumbers(plan.dtype) for role in ROLES}
         self.shape: tuple[int, int, int] | None = None
         self.value_dim = 0
+        self.home = -1
         self.unsure = 0
         self.blocks = Blocks(plan)
 
@@ -109,7 +128,7 @@ class LayerCache:
             dims, held = (*shape, value_dim), (*(self.shape or ()), self.value_dim)
             raise ArgusError(f"tokens of batch, heads and head_dims {dims} cannot follow those held, of {held}")
         self._leave_inference()
-        self.shape, self.value_dim = shape, value_dim
+        self.shape, self.value_dim, self.home = shape, value_dim, keys.get_device()
         self.window.append(keys, values)
         self.unsure = min(keys.shape[2], self.plan.page_size) if self.patient else 0
 
@@ -125,6 +144,7 @@ class LayerCache:
             pool.map(torch.Tensor.clone)
         self.blocks.renew(self.pools, self.outliers)
 
+    @at_home
     def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
         """Answer queries over all that is held.
 
@@ -183,6 +203,7 @@ class LayerCache:
         """The pages of every stage, in bounded blocks."""
         return self.blocks.of(self.pools, self.outliers)
 
+    @at_home
     def age(self, known: Context | None = None) -> None:
         """Let full pages leave the window and every page move to the stage that the aging policy gives it.
 
@@ -217,6 +238,7 @@ class LayerCache:
             pool.trim()
         self.blocks.renew(self.pools, self.outliers)
 
+    @at_home
     def forget(self) -> None:
         """Forget the pages that no later query sees."""
         self.unsure = 0
@@ -276,6 +298,7 @@ class LayerCache:
         self.where += targets
         self.window.drop(n * size)
 
+    @at_home
     def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, n * P, D]`` float32 of consecutive pages, as attention sees them."""
         outs: dict[str, list[Tensor]] = {role: [] for role in ROLES}
@@ -302,6 +325,7 @@ class LayerCache:
         if self.forgotten and 0 < length < least:
             raise ArgusError(f"crop to {length} tokens: allowed is 0 or {least} on, what comes before is forgotten")
 
+    @at_home
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on; a page that is cut comes back to the window as it reads.
 
@@ -335,6 +359,7 @@ class LayerCache:
             self.window.settle()
         self.blocks.renew(self.pools, self.outliers)
 
+    @at_home
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it (int64 ``[B']``): reorder, repeat, or keep some."""
         for pool in self.pools:
