@@ -12,7 +12,7 @@ from torch import Tensor
 
 from argus.adapters.functions import NAME, register
 from argus.adapters.graphs import Recorder
-from argus.adapters.models import facts
+from argus.adapters.models import attention, facts
 from argus.adapters.transcript import UNKNOWN
 
 
@@ -43,23 +43,25 @@ def activate(model: Any) -> None:
         If the model cannot work with handles to its cache.
     """
     facts(model)
-    if model.config._attn_implementation == NAME and hasattr(model, "_argus_before"):
+    held = getattr(model, "_argus_before", None)
+    if held is not None and attention(model) == NAME:
         return
-    if hasattr(model, "_argus_before"):
-        _let_go(model)
     register()
     # Of a config that another activated model has too, or had, the name is ARGUS's own.
     usual = model.get_correct_attn_implementation(None)
     before = {part: usual if name == NAME else name for part, name in implementations(model.config).items()}
     model.set_attn_implementation(NAME)
+    if held is not None:  # Its attention was set since. Hooks stay: this may be called from one.
+        model._argus_before = (before, *held[1:])
+        return
     replaced = vars(model).get("forward")
     forward = model.forward
     model.forward = wraps(forward)(partial(_forward, model, forward, Recorder()))
     model._argus_before = (before, model.register_forward_pre_hook(_note, with_kwargs=True), replaced)
 
 
-def implementations(config: Any) -> dict[str, str]:
-    """The attention of a model and of its parts, as ``set_attn_implementation`` takes it."""
+def implementations(config: Any) -> dict[str, str | None]:
+    """The attention of a model and of its parts, as ``set_attn_implementation`` takes it; None of a part that is not used."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     held = {"": config} | {name: part for name, part in parts.items() if part is not None}
     return {name: part._attn_implementation for name, part in held.items()}
@@ -70,7 +72,7 @@ def named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
 
 
-def _let_go(model: Any) -> dict[str, str]:
+def _let_go(model: Any) -> dict[str, str | None]:
     """Undo :func:`activate`, but for the attention, whose former name is told."""
     before, hook, replaced = model._argus_before
     hook.remove()
@@ -83,7 +85,10 @@ def _let_go(model: Any) -> dict[str, str]:
 def deactivate(model: Any) -> None:
     """Undo :func:`activate`."""
     if hasattr(model, "_argus_before"):
-        model.set_attn_implementation(_let_go(model))
+        before = _let_go(model)
+        model.set_attn_implementation({part: name for part, name in before.items() if name is not None})
+        for part in (part for part, name in before.items() if name is None):
+            getattr(model.config, part)._attn_implementation = None
 
 
 def _note(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from argus.adapters.activation import activate
 from argus.adapters.functions import NAME
 from argus.adapters.graphs import Recorder, Steps
 from argus.adapters.layer import ArgusLayer, chosen, length_after
-from argus.adapters.models import facts
+from argus.adapters.models import attention, facts
 from argus.adapters.transcript import Transcript
 from argus.budget import Shape, meet
 from argus.build import build
@@ -112,8 +112,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
 
     def _check(self, model: Any) -> None:
         """Raise unless this cache is one for `model`."""
-        if model.config._attn_implementation != NAME:
-            now = model.config._attn_implementation
+        if model.config._attn_implementation != NAME and attention(model) != NAME:
+            now = attention(model)
             raise ModelError(f"this model's attention is '{now}', set after ARGUS's; allowed: ArgusCache(model, ...) made anew")
         if self.model() is not model:
             # Exits before the last layer have fewer.

@@ -10,6 +10,9 @@ from argus import ArgusCache, patch_model_with_argus
 from argus.errors import ModelError
 from tests.models import SMALL, tiny
 
+MLLAMA = SMALL | {"cross_attention_layers": [1]}
+BERT = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+CROSSED = {"vocab_size": 97, "n_embd": 16, "n_layer": 1, "n_head": 2, "add_cross_attention": True}
 T5 = {"vocab_size": 97, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 LATENT = SMALL | {"kv_lora_rank": 4, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1}
@@ -28,6 +31,10 @@ UNSAFE = {
     "lfm2": ("Lfm2Config", SMALL | {"layer_types": ["conv", "full_attention", "conv"]}, "AutoModelForCausalLM", "conv"),
     "diffllama": ("DiffLlamaConfig", SMALL, "AutoModelForCausalLM", "splits the values"),
     "doge": ("DogeConfig", SMALL, "AutoModelForCausalLM", "computes a mask"),
+    "mllama_text_model": ("MllamaTextConfig", MLLAMA, "MllamaForCausalLM", "cross-attention"),
+    "gpt2": ("GPT2Config", CROSSED, "AutoModelForCausalLM", "cross-attention has a cache of another kind"),
+    "bert": ("BertConfig", BERT, "AutoModelForMaskedLM", "takes no cache"),
+    "moshi": ("MoshiConfig", SMALL | {"ffn_dim": 48}, "AutoModelForCausalLM", "masks do not tell"),
 }
 
 
@@ -36,7 +43,7 @@ def make(kind: str):
     name, options, auto, _ = UNSAFE[kind]
     config = getattr(transformers, name)(**options)
     with torch.device("meta"):
-        return getattr(transformers, auto).from_config(config)
+        return getattr(getattr(transformers, auto), "from_config" if auto.startswith("Auto") else "_from_config")(config)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -61,3 +68,10 @@ def test_an_offloaded_cache_is_refused():
     cache = ArgusCache(tiny("llama"), "int4")
     with pytest.raises(ModelError, match="does not offload"):
         cache.layers[0].offload()
+
+
+def test_layers_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model.config), "per_layer_attributes", {"num_key_value_heads", "head_dim"}, raising=False)
+    with pytest.raises(ModelError, match="cannot use ARGUS: its layers differ in head_dim, num_key_value_heads; allowed are"):
+        ArgusCache(model, "int4")
