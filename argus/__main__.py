@@ -16,14 +16,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from argus.errors import ArgusError
+from argus.errors import LOG, ArgusError
 
 FAILED = 2
 """Exit code of a run that ends in one clear line."""
 STOPPED = 130
 """Exit code of a run that Ctrl-C ends."""
-ERROR = "error.log"
-"""The traceback of a run of a sweep that ends in an exception that ARGUS does not raise on purpose."""
 
 
 def add_config_paths(paths: Sequence[str]) -> None:
@@ -58,8 +56,8 @@ def job(composed: DictConfig) -> None:
 class one_line:  # noqa: N801
     """Print one line on stderr where ARGUS raises on purpose, or a file cannot be read or written, and end the program there.
 
-    In a run of a sweep, which has a `folder`, the program goes on, after any other exception too: its traceback goes to
-    ``error.log`` in the folder.
+    In a run of a sweep, which has a `folder`, the program goes on, after any other exception too: the line, or there the
+    traceback, goes to ``error.log`` in the folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -67,19 +65,21 @@ class one_line:  # noqa: N801
 
     def __enter__(self) -> None:
         if self.folder is not None:
-            (self.folder / ERROR).unlink(missing_ok=True)
+            (self.folder / LOG).unlink(missing_ok=True)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         unusable = isinstance(error, OSError) and error.filename is not None and self.folder is None
         if isinstance(error, ArgusError) or unusable:
             said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            print(f"argus: {' '.join(said.split())}", file=sys.stderr, flush=True)
+            line = " ".join(said.split())
+            print(f"argus: {line}", file=sys.stderr, flush=True)
             if self.folder is None:
                 raise SystemExit(FAILED) from error
+            (self.folder / LOG).write_text(f"{line}\n", encoding="utf-8")
             return True
         if self.folder is None or not isinstance(error, Exception):
             return False
-        path = self.folder / ERROR
+        path = self.folder / LOG
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         said = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"argus: {said}; traceback in {path}", file=sys.stderr, flush=True)

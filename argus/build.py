@@ -105,9 +105,10 @@ def make_stage(name: str, config: StageConfig, page_size: int, make: Any) -> Sta
     """One stage's tiers; an option beside a role of its own would have no meaning and is refused."""
     shared: dict[str, Any] = {"tier": config.tier, **config.options}
     specs = {role: getattr(config, role) or shared for role in ROLES}
-    if config.tier is None and shared in specs.values():
+    parted = all(getattr(config, role) for role in ROLES)
+    if config.tier is None and not parted:
         raise ConfigError(f"stages.{name}: give tier=..., or both keys=... and values=...")
-    if shared not in specs.values() and (config.tier or config.options):
+    if parted and (config.tier or config.options):
         raise ConfigError(f"stages.{name}: keys and values have tiers of their own; tier and options beside them have no use")
     tiers = {role: make(spec) for role, spec in specs.items()}
     capacity = None if config.capacity is None else config.capacity // page_size

@@ -26,6 +26,10 @@ FOLDERS = ("--config-dir", "-cd")
 """Flags of Hydra that name a folder of config groups."""
 
 
+HYDRA = ".hydra"
+"""The folder of Hydra's files in that of a run."""
+
+
 def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags with their values, and overrides."""
     flags: list[str] = []
@@ -95,18 +99,20 @@ def sweeps(command: Command) -> str | None:
     Raises
     ------
     ConfigError
-        If it makes none, but an override has several values.
+        If it makes none, but an override has several values, or if it keeps overrides where no table looks for them.
     """
     from argus.config import sweep_of
     from argus.errors import ConfigError
 
     if not command.runs:
         return None
-    asked = ("hydra.mode=", "hydra.sweep.dir=")
+    asked = ("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir=")
     words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith(asked)]
     runs = combinations(words)
-    sweep, folder = sweep_of(runs[0], command.folders)
+    sweep, folder, kept = sweep_of(runs[0], command.folders)
     if sweep or command.multirun:
+        if kept != HYDRA:
+            raise ConfigError(f"hydra.output_subdir={kept}: a sweep reads there what its runs are; allowed: {HYDRA}")
         return folder
     if len(runs) > 1:
         named = next(one for one, other in zip(*runs[:2], strict=True) if one != other).split("=")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -148,7 +148,7 @@ class RunConfig(CacheConfig):
     task: TaskChoice
     reference: str = "fp16"
     cache: dict[str, CacheChoice] = Field(default_factory=dict)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] = 0
 
     def caches(self) -> dict[str, CacheChoice]:
         """The caches of the run by name, the reference first."""
@@ -205,8 +205,8 @@ def _searching(folders: Sequence[str]) -> Iterator[list[str]]:
         yield [f"hydra.searchpath=[{','.join(paths)}]"] if paths else []
 
 
-def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[bool, str]:
-    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does, and where one goes.
+def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[bool, str, str | None]:
+    """Whether `overrides` set ``hydra.mode`` to that of a sweep, as an experiment does; where one goes; where overrides are.
 
     `folders` as for :func:`compose`.
 
@@ -223,7 +223,8 @@ def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[boo
     with _searching(folders) as searched:
         try:
             composed = hydra_compose("config", overrides=[*overrides, *searched], return_hydra_config=True)
-            return composed.hydra.mode == RunMode.MULTIRUN, str(composed.hydra.sweep.dir)
+            settings = composed.hydra
+            return settings.mode == RunMode.MULTIRUN, str(settings.sweep.dir), settings.output_subdir
         except (HydraException, OmegaConfBaseException) as error:
             message = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
             raise ConfigError(" ".join(message.split())) from error

@@ -287,6 +287,11 @@ class LayerCache:
         start = self.window.start
         keys, values = (gate(to_pages(x, size)) for x in self.window.first(n * size))
         born = bear(self.plan, keys, values, targets, start, known)
+        for role in ROLES:
+            # Rows of numbers are found by their page: none may be left out.
+            if held > self.forgotten and (role in born.outlying) != (self.outliers[role].rows is not None):
+                said = f"the outlier policy answers None for some pages of {role}, not for all"
+                raise ArgusError(f"{said}; allowed: always or never")
         # Tiers and policies may have raised before; from here on all is kept.
         if born.kept is not None:
             self.exact.add(keys, values, start, born.kept)

@@ -1,5 +1,8 @@
 """The errors that ARGUS raises, each one clear line."""
 
+LOG = "error.log"
+"""What the folder of a run of a sweep that failed holds: its line, or the traceback of what ARGUS does not raise on purpose."""
+
 
 class ArgusError(Exception):
     """Base of every error that ARGUS raises on purpose."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
     for role, x in zip(ROLES, (keys, values), strict=True):
         chosen = plan.outliers.choose(x, role)
         if chosen is not None:
-            check_chosen(chosen, x.shape, plan.outliers)
+            check_chosen(chosen, x.shape, plan.outliers, broadcasts=False)
             outlying[role] = chosen if kept is None else chosen & ~kept.unsqueeze(-1)
         rests[role] = smooth(x, kept, outlying.get(role))
     encoded = []
@@ -90,13 +91,22 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
         payload: Slab = {} if kept is None else {EXACT: kept[where]}
         for role in ROLES:
             found = encode(plan, target, rests[role][where], role)
-            for name, tensor in found.items():
-                if tuple(tensor.shape[:2]) != (len(rows), keys.shape[1]):
-                    said = f"stage '{plan.stages[target].facts.name}' keeps {role}.{name} as {list(tensor.shape)}"
-                    raise PluginError(f"{said}; allowed: [{len(rows)}, {keys.shape[1]}, ...], pages and batch rows first")
+            check_payload(found, f"stage '{plan.stages[target].facts.name}' keeps {role}", (len(rows), keys.shape[1]))
             payload |= {f"{role}.{name}": tensor for name, tensor in found.items()}
         encoded.append((target, payload, rows))
     return Born(kept, outlying, encoded)
+
+
+def check_payload(found: Any, said: str, first: tuple[int, int]) -> None:
+    """Raise :class:`PluginError` that begins as `said` unless a tier's answer is tensors by name, their `first` axes these."""
+    if not isinstance(found, Mapping) or not found:
+        raise PluginError(f"{said} as {'no tensor' if found == {} else f'a {type(found).__name__}'}; allowed: tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise PluginError(f"{said}.{name} as a {type(tensor).__name__}; allowed: a tensor")
+        if tuple(tensor.shape[:2]) != first:
+            allowed = f"allowed: [{first[0]}, {first[1]}, ...], pages and batch rows first"
+            raise PluginError(f"{said}.{name} as {list(tensor.shape)}; {allowed}")
 
 
 def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:

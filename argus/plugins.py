@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
 from types import MappingProxyType
 from typing import Any
@@ -70,14 +70,20 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
 
 
 def _load_entry_points(manager: pluggy.PluginManager) -> None:
+    loaded: dict[str, EntryPoint] = {}
     for entry in entry_points(group=hookspecs.PROJECT):
-        if manager.has_plugin(entry.name):
-            continue
+        first = loaded.setdefault(entry.name, entry)
+        if first is not entry:
+            raise PluginError(f"{described(first)} and {described(entry)} have one name; allowed: a name of its own for each")
         try:
             manager.register(entry.load(), entry.name)
         except Exception as error:
-            where = f"plugin '{entry.name}' ({entry.value}) of package '{entry.dist.name if entry.dist else 'unknown'}'"
-            raise PluginError(f"{where} does not load: {' '.join(str(error).split())}") from error
+            raise PluginError(f"{described(entry)} does not load: {' '.join(str(error).split())}") from error
+
+
+def described(entry: EntryPoint) -> str:
+    """A plugin by its name, module and package."""
+    return f"plugin '{entry.name}' ({entry.value}) of package '{entry.dist.name if entry.dist else 'unknown'}'"
 
 
 def answers(manager: pluggy.PluginManager, hook: str, kind: type, allowed: str) -> Iterator[tuple[str, Any]]:

@@ -294,10 +294,11 @@ class Reporter(RunEvents):
     """Prints the table and writes ``report.json`` when a run ends."""
 
     def end(self, run: Run, rows: list[Row]) -> None:
+        # First, since a terminal may be gone and a row may not be drawn.
+        write(run.folder / NAME, document(run, rows))
         drawn = table(rows)
         console = terminal(drawn)
         console.print(drawn)
-        write(run.folder / NAME, document(run, rows))
         for name, match in budgets(run).items():
             console.print(f"{name}: {budget_line(match)}", soft_wrap=True)
         console.print(f"backend {run.plan.backend.name} on {device_name(run.device)}; report in {run.folder}", soft_wrap=True)

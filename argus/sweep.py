@@ -18,8 +18,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from argus.commandline import HYDRA
 from argus.config import RunConfig
-from argus.errors import ArgusError
+from argus.errors import LOG, ArgusError
 from argus.pictures import draw_pareto
 from argus.report import NAME, SCHEMA, Column, figure, head, number, own_figures, plain, terminal
 
@@ -38,7 +39,7 @@ COLUMNS: tuple[Column, ...] = (
 PICTURE = "pareto.png"
 NAMED = 40
 """Columns that the names of runs have at least, if they are as long."""
-OVERRIDES = Path(".hydra") / "overrides.yaml"
+OVERRIDES = Path(HYDRA) / "overrides.yaml"
 FIGURES = tuple(key for _, key, _ in COLUMNS)
 
 
@@ -81,6 +82,7 @@ def is_done(folder: Path, config: RunConfig, skipped: Collection[str] = ()) -> b
     report = report_of(folder)
     wanted = (SCHEMA, json.loads(config.model_dump_json()), set(skipped))
     if report is not None and (report.get("schema"), report.get("config"), set(report.get("skipped", ()))) == wanted:
+        (folder / NAME).touch()  # It is of the sweep that runs now.
         return True
     if report is not None and is_of_this_sweep(folder):
         raise ArgusError(f"{folder} has the report of another run of this sweep; allowed: a hydra.sweep.subdir for each run")
@@ -108,6 +110,11 @@ def report_of(run: Path) -> dict[str, Any] | None:
 def naming(run: Path) -> str:
     """A run's folder without its number."""
     return re.sub(r"\d+", "", run.name)
+
+
+def result_of(run: Path) -> dict[str, Any] | None:
+    """The report of a run of a sweep; None where the run failed: what lies in its folder then is of another run."""
+    return None if (run / LOG).exists() else report_of(run)
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -141,20 +148,24 @@ def distinguish(words: Sequence[Sequence[str]]) -> list[str]:
 
 
 def lines(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[Line]:
-    """One line for each cache of each run but the reference, runs that differ only in their seed taken together."""
-    found: dict[tuple[tuple[str, ...], str], list[dict[str, float]]] = {}
+    """One line for each cache of each run but the reference, runs that differ only in their seed taken together.
+
+    Of runs that do not differ at all one counts: they are no two seeds.
+    """
+    found: dict[tuple[tuple[str, ...], str], dict[tuple[str, ...], dict[str, float]]] = {}
     for words, report in runs:
         reference = report["config"]["reference"]
         caches = list(dict.fromkeys(row["cache"] for row in report["rows"]))
         setting = tuple(word for word in words if not word.lstrip("+").startswith("seed="))
         compared = [cache for cache in caches if cache != reference]
         for cache in compared or ([] if report.get("skipped") else caches):
-            found.setdefault((setting, cache), []).append(figures(report, cache))
+            found.setdefault((setting, cache), {}).setdefault(tuple(words), figures(report, cache))
     names = distinguish([setting for setting, _ in found])
     several = len({cache for _, cache in found}) > 1
+    taken = [list(ones.values()) for ones in found.values()]
     return [
         Line(f"{name} {cache}".removeprefix("default ") if several else name, setting, cache, len(ones), *spread(ones))
-        for name, ((setting, cache), ones) in zip(names, found.items(), strict=True)
+        for name, (setting, cache), ones in zip(names, found, taken, strict=True)
     ]
 
 
@@ -215,7 +226,7 @@ def summarize(folder: Path) -> None:
         If a run wrote no report, after the table of those that did.
     """
     runs = runs_of(folder)
-    done = {run: report for run in runs if (report := report_of(run)) is not None}
+    done = {run: report for run in runs if (report := result_of(run)) is not None}
     if not done:
         raise ArgusError(f"no run of the sweep in {folder} wrote {NAME}")
     found = lines([(overrides_of(run), report) for run, report in done.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -56,6 +57,14 @@ def plan_of(ladder: str, backend: str = "triton", outliers: str = "none", head_d
     chosen += ["anchors=none", f"outliers={outliers}", f"backend={backend}"]
     chosen += [f"tiers.{name}={value}" for name, value in options.items()]
     return build(load_cache_config(chosen), head_dim, torch.float16, "cuda")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a benchmark on a GPU; without one it ends in a line that says so."""
+    options = parser.parse_args()
+    if vars(options).get("device", "cuda") == "cuda" and not torch.cuda.is_available():
+        parser.error("it measures a CUDA GPU, and none is here")
+    return options
 
 
 def filled(plan: Plan, batch: int, context: int, shape: Shape = LLAMA) -> LayerCache:

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--block-pages", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = common.parsed(parser)
     torch.manual_seed(0)
     bandwidth = common.copy_bandwidth()
     shape = common.Shape(*options.heads, options.head_dim)

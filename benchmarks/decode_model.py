@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = common.parsed(parser)
     torch.manual_seed(0)
     model = model_of(options.layers, options.device)
     rows: list[dict[str, Any]] = []

@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pages", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = common.parsed(parser)
     torch.manual_seed(0)
     bandwidth = common.copy_bandwidth()
     ladders = [name for name in common.LADDERS if name != "default"]

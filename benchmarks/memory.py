@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--block-pages", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = common.parsed(parser)
     torch.manual_seed(0)
     sizes = {"page_size": options.page_size, "block_pages": options.block_pages}
     # What libraries keep for good (cuBLAS's workspace, loaded kernels) is there before anything is measured.

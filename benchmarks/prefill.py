@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ladders", nargs="+", default=["exact", "int4", "int2", "default"])
     parser.add_argument("--block-pages", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
+    options = common.parsed(parser)
     torch.manual_seed(0)
     rows, fp16 = [], {}
     for context in options.contexts:

@@ -66,6 +66,8 @@ WRONG = {
     "task.passkey.lengths=[]": r"task.passkey.lengths: .*at least 1 item",
     "task.passkey.lengths=[10]": r"task.passkey.lengths.*greater than or equal to 64",
     "seed=one": r"seed: .*integer",
+    "seed=99999999999999999999": r"seed: .*less than 9223372036854775808",
+    "tiers.stages.jl.seed=99999999999999999999": r"jl.seed: .*less than 9223372036854775808",
     "model.dtype=int8": r"model.dtype: .*'float16', 'bfloat16' or 'float32'",
     "tiers.order=[": r"'tiers.order=\[' does not parse",
     "aging=[fifo,uniform]": r"'aging=\[fifo,uniform\]': a run has one aging; allowed: one, or -m aging=a,b for a run of each",
@@ -95,6 +97,7 @@ def test_one_clear_line(word, tmp_path, monkeypatch):
         (["tiers=int4", "tiers.stages.int4.group_size=7"], r"group_size 7 does not divide page_size 64; allowed: .*8, 16"),
         (["tiers=int4", "tiers.page_size=36", "tiers.stages.int4.group_size=8"], r"group_size 8 does not divide page_size"),
         (["tiers=int4", "+tiers.stages.int4={keys: int3, values: int2}"], r"tiers of their own; tier and options"),
+        (["tiers=quality", "+tiers.stages.near.tier=int4"], r"stages.near: keys and values have tiers of their own; tier and"),
         (["tiers=int4", "tiers.stages.int4.tier=null"], r"stages.int4: give tier=\.\.\., or both keys"),
         (["+tier@tiers.stages.mine=int", "tiers.order=[mine]"], r"tiers.stages.mine.bits"),
         (["+tier@tiers.stages.mine=int", "tiers.order=[mine]", "tiers.stages.mine.bits=9"], r"bits.*less than or equal to 8"),
@@ -278,6 +281,22 @@ def test_a_plugin_that_does_not_import(tmp_path, monkeypatch):
             loads()
 
 
+def test_two_packages_whose_plugins_have_one_name(tmp_path, monkeypatch):
+    """Neither is left out in silence."""
+    for package in ("first", "second"):
+        folder = tmp_path / f"{package}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[argus]\nmine = {package}_module\n")
+        (tmp_path / f"{package}_module.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for loads in (plugins.load, plugins.config_paths):
+        with pytest.raises(PluginError, match=r"^plugin 'mine' .* have one name; allowed: a name of its own") as caught:
+            loads()
+        for package in ("first", "second"):
+            assert f"plugin 'mine' ({package}_module) of package '{package}'" in str(caught.value)
+
+
 @pytest.mark.parametrize("hook", [*HOOKS, "argus_caches"])
 @pytest.mark.parametrize("answer", [None, Fp16, [Fp16], {"mine": 3}, {"mine": None}, {3: Fp16}], ids=str)
 def test_a_hook_that_answers_otherwise_is_named(hook, answer):
@@ -321,6 +340,13 @@ def test_several_values_without_a_sweep_are_refused():
     assert sweeps(Command.of(["-m", "tiers=int8", "aging=fifo,log"])) is not None
     with pytest.raises(ConfigError, match=r"^'aging' has several values; allowed: one, or -m for a run of each$"):
         sweeps(Command.of(["tiers=int8", "aging=fifo,log"]))
+
+
+def test_a_sweep_finds_what_its_runs_are():
+    words = ["tiers=int8,int4", "hydra.output_subdir=null"]
+    with pytest.raises(ConfigError, match=r"^hydra.output_subdir=None: a sweep reads there .*; allowed: .hydra$"):
+        sweeps(Command.of(["-m", *words]))
+    assert sweeps(Command.of(["tiers=int8", words[1]])) is None
 
 
 def test_known_names_are_read_only():

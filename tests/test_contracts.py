@@ -269,6 +269,20 @@ class Nothing(Tier):
         return 0.0
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"encode": lambda self, x, role: gate(x)}, "encode gives a Tensor, not tensors by name"),
+        ({"encode": lambda self, x, role: {"none": []}}, "payload 'none' is a list, not a tensor"),
+        ({"bits": lambda self, role, page_size, head_dim: None}, "declares None bits a value, not a number"),
+    ],
+    ids=["encode", "payload", "bits"],
+)
+def test_a_tier_that_answers_otherwise_is_told(broken, said):
+    with pytest.raises(ContractError, match=f"{said}$"):
+        check_tier(type("Broken", (Nothing,), broken), page_size=16, head_dim=8)
+
+
 def test_a_tier_may_keep_nothing():
     check_tier(Nothing, page_size=16, head_dim=8)
 

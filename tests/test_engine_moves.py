@@ -67,6 +67,30 @@ def test_a_payload_without_its_pages_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (lambda x: x.half(), "keys as a Tensor; allowed: tensors by name"),
+        (lambda x: None, "keys as a NoneType; allowed: tensors by name"),
+        (lambda x: {}, "keys as no tensor; allowed: tensors by name"),
+        (lambda x: {"codes": x.tolist()}, "keys.codes as a list; allowed: a tensor"),
+    ],
+)
+def test_a_payload_that_is_no_tensors_by_name_is_refused(payload, said):
+    class Malformed(Fp16):
+        def encode(self, x, role):
+            return payload(x)
+
+    class Plugin:
+        @hookimpl
+        def argus_tiers(self):
+            return {"malformed": Malformed}
+
+    layer = make_layer(("malformed",), extra=[Plugin()])
+    with pytest.raises(PluginError, match=f"^stage 'malformed' keeps {said}$"):
+        grow(layer, *tokens(1, 64))
+
+
+@pytest.mark.parametrize(
     ("chosen", "said"),
     [
         (torch.ones(3, 8, dtype=torch.bool), r"a tensor of \[3, 8\]"),
@@ -82,6 +106,60 @@ def test_what_a_policy_may_choose(chosen, said):
         check_chosen(chosen, (7, 1, 2, 8), type("Policy", (), {})())
     for fine in (torch.ones(8, dtype=torch.bool), torch.zeros(7, 1, 1, 8, dtype=torch.bool)):
         check_chosen(fine, (7, 1, 2, 8), None)
+
+
+class Broad(Outliers):
+    """Whole tokens, by a mask that is not of the pages' shape."""
+
+    def choose(self, x, role):
+        return x[..., :1] > 1
+
+
+class AtTimes(Outliers):
+    """Keys and values of the first pages only."""
+
+    first = True
+
+    def choose(self, x, role):
+        known, self.first = self.first, self.first and role == "keys"
+        return x > 1 if known else None
+
+
+class Later(AtTimes):
+    def choose(self, x, role):
+        return None if super().choose(x, role) is not None else x > 1
+
+
+@pytest.mark.parametrize("anchors", [{}, {"sinks": {}}], ids=["no anchors", "anchors"])
+def test_outliers_are_of_the_shape_of_pages(anchors):
+    layer = make_layer(("int4",), anchors=anchors, outliers="mine", extra=[outlying(Broad)])
+    allowed = r"allowed: a bool tensor of \[1, 1, 2, 8, 8\]"
+    with pytest.raises(ArgusError, match=rf"^policy Broad answers with a tensor of \[1, 1, 2, 8, 1\]; {allowed}$"):
+        grow(layer, *tokens(1, 24), chunk=8)
+    assert not layer.where
+
+
+@pytest.mark.parametrize("kind", [AtTimes, Later])
+def test_outliers_are_chosen_always_or_never(kind):
+    """A page without a row would be given its neighbour's numbers."""
+    layer = make_layer(("int4",), outliers="mine", extra=[outlying(kind)])
+    grow(layer, *tokens(1, 16))
+    assert len(layer.where) == 1
+    with pytest.raises(ArgusError, match=r"answers None for some pages of \w+, not for all; allowed: always or never"):
+        grow(layer, *tokens(2, 16))
+    assert len(layer.where) == 1
+    assert layer.length == 32
+
+
+def outlying(kind: type[Outliers]) -> object:
+    """A plugin with the outlier policy ``mine``."""
+
+    class Plugin:
+        @hookimpl
+        def argus_outliers(self):
+            return {"mine": kind}
+
+    return Plugin()
 
 
 def counting(names: list[str]) -> tuple[object, dict[str, type[Counting]]]:

@@ -14,11 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 from argus import report, sweep
+from argus.__main__ import one_line
 from argus.config import RunConfig, compose, validate
 from argus.errors import ArgusError, PluginError
 from argus.ledger import Match
 from argus.sweep import distinguish, figures, summarize, undominated
-from argus.tasks.base import checked
+from argus.tasks.base import STAGE, checked
 from argus.tasks.generate import distinct
 from argus.tasks.steps import Clock, Scores
 
@@ -62,6 +63,18 @@ def test_the_document(run, capsys, monkeypatch):
     for figure in ("75% of 4", "+0.0123", "0.0456", "777 B", "0.9987", "0.9912", "cold (int4)", "512 B", "2 KiB", "400"):
         assert figure in shown
     assert max(map(len, shown.splitlines()[:-1])) <= 100
+
+
+def test_a_report_is_kept_where_its_table_cannot_be_shown(run, monkeypatch):
+    """A terminal that is gone, as that of ``argus | head``."""
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report.Console, "print", gone)
+    with pytest.raises(BrokenPipeError):
+        report.Reporter().end(run, ROWS)
+    assert sweep.is_done(run.folder, run.config)
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):
@@ -269,6 +282,10 @@ def test_runs_of_one_sweep_that_share_a_folder_are_refused(run, monkeypatch):
         sweep.is_done(run.folder, validate(RunConfig, compose(["tiers=int2"])))
     assert (run.folder / "report.json").exists()
     os.utime(run.folder / "report.json", (1, 1))
+    assert sweep.is_done(run.folder, run.config)
+    with pytest.raises(ArgusError, match=r"has the report of another run of this sweep; allowed: a hydra.sweep.subdir"):
+        sweep.is_done(run.folder, validate(RunConfig, compose(["tiers=int2"])))
+    os.utime(run.folder / "report.json", (1, 1))
     assert not sweep.is_done(run.folder, validate(RunConfig, compose(["tiers=int2"])))
 
 
@@ -348,6 +365,13 @@ def test_seeds_are_one_line_with_their_spread(tmp_path, capsys):
     assert "- `tiers=int2`" in (tmp_path / "sweep.md").read_text()
 
 
+def test_a_run_that_is_there_twice_is_one_seed(tmp_path):
+    sweep_of(tmp_path, [([f"seed={seed}"], ROWS) for seed in (0, 0, 20, 0)])
+    summarize(tmp_path)
+    (line,) = json.loads((tmp_path / "sweep.json").read_text())
+    assert line["seeds"] == 2
+
+
 def test_every_cache_but_the_reference_has_a_line(tmp_path, capsys):
     peers = [dict(row, cache="[kivi4]", kl=0.5) for row in ROWS if row["cache"] == "argus"]
     sweep_of(tmp_path, [(["seed=1"], [*ROWS, *peers])])
@@ -369,6 +393,17 @@ def test_a_run_that_failed_is_named_after_the_table(tmp_path, capsys):
         summarize(tmp_path)
     assert "0.0456" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+def test_figures_of_another_run_do_not_stand_for_one_that_failed(tmp_path, capsys):
+    """Hydra has told the overrides of the second of two runs in one folder, but the report is of the first."""
+    sweep_of(tmp_path, [(["tiers=int8"], ROWS), (["tiers=int4"], ROWS)])
+    with one_line(tmp_path / "1"):
+        raise ArgusError("its folder has the report of another run")
+    with pytest.raises(ArgusError, match=r"report.json is missing of runs 1 in "):
+        summarize(tmp_path)
+    assert [line["overrides"] for line in json.loads((tmp_path / "sweep.json").read_text())] == [["tiers=int8"]]
+    assert "tiers=int4" not in capsys.readouterr().out
 
 
 DAMAGED = [b"", b"garbage", b'{"schema": 1, "conf', b"[]", b"null", b"\xff\xfe"]
@@ -499,8 +534,12 @@ def test_a_row_is_looked_at_when_it_is_told() -> None:
     for row, fault in (
         ({"task": "mine", "cache": "fp16"}, "a row of task 'mine': 'context' must be a number of tokens"),
         (base | {"cache": None}, "'cache' must be a string"),
-        (base | {"accuracy": 0.5}, "'accuracy' needs 'samples', a number of them"),
+        (base | {"accuracy": 0.5}, "'accuracy' needs 'samples', a number of them above 0"),
+        (base | {"accuracy": 0.5, "samples": 0}, "'accuracy' needs 'samples', a number of them above 0"),
+        (base | {"bits_per_value": "4"}, "a row of task 'mine': 'bits_per_value' must be a number"),
         (base | {"stage": "cold"}, "'stage' needs tier, tokens, bytes"),
+        (base | dict.fromkeys(STAGE, "x") | {"stage": "cold"}, "'tokens' must be a number; 'bytes' must be a number"),
+        ((1, 2), r"a row of the task is \(1, 2\); allowed: a dict"),
     ):
         with pytest.raises(PluginError, match=fault):
             checked(row)

@@ -168,14 +168,15 @@ def check_targets(stages: Sequence[int | None], targets: Any, count: int, first:
             raise ArgusError(f"the aging policy sends page {page} to stage {target!r}; allowed are stages {allowed}")
 
 
-def check_chosen(chosen: Any, shape: Sequence[int], policy: object) -> None:
-    """Raise :class:`ArgusError` unless a policy's answer is a bool tensor that can be taken for one of `shape`."""
-    name, allowed = type(policy).__name__, f"a bool tensor that broadcasts to {list(shape)}"
+def check_chosen(chosen: Any, shape: Sequence[int], policy: object, broadcasts: bool = True) -> None:
+    """Raise :class:`ArgusError` unless a policy's answer is a bool tensor of `shape`, or, if it may, broadcasts to it."""
+    name, allowed = type(policy).__name__, f"a bool tensor {'that broadcasts to' if broadcasts else 'of'} {list(shape)}"
     if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
         said = f"a {chosen.dtype} tensor" if isinstance(chosen, Tensor) else f"a {type(chosen).__name__}"
         raise ArgusError(f"policy {name} answers with {said}; allowed: {allowed}")
     sizes = zip(reversed(chosen.shape), reversed(shape), strict=False)
-    if chosen.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+    fits = chosen.dim() <= len(shape) and all(size in (1, whole) for size, whole in sizes)
+    if not (fits if broadcasts else chosen.shape == tuple(shape)):
         raise ArgusError(f"policy {name} answers with a tensor of {list(chosen.shape)}; allowed: {allowed}")
 
 

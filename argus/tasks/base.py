@@ -22,6 +22,11 @@ Row = dict[str, Any]
 NEEDED = (("task", str, "a string"), ("cache", str, "a string"), ("context", int, "a number of tokens"))
 STAGE = ("tier", "tokens", "bytes", "bits_per_value", "pages", "cosine_keys", "cosine_values")
 """What a row of a stage tells beside its name."""
+FIGURES = (
+    *("cache_bytes", "bits_per_value", "compression", "accuracy", "dnll", "kl", "decoded_dnll", "decoded_kl", "loops"),
+    *("prefill_tokens_per_s", "decode_tokens_per_s"),
+)
+"""What tables show as a number of any other row."""
 
 
 def checked(row: Mapping[str, Any]) -> Row:
@@ -32,10 +37,14 @@ def checked(row: Mapping[str, Any]) -> Row:
     PluginError
         If it lacks what every table shows.
     """
+    if not isinstance(row, Mapping):
+        raise PluginError(f"a row of the task is {row!r}; allowed: a dict")
     plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
     faults = [f"'{name}' must be {said}" for name, kind, said in NEEDED if not isinstance(plain.get(name), kind)]
-    if plain.get("accuracy") is not None and not isinstance(plain.get("samples"), int):
-        faults.append("'accuracy' needs 'samples', a number of them")
+    if plain.get("accuracy") is not None and not (isinstance(plain.get("samples"), int) and plain["samples"] > 0):
+        faults.append("'accuracy' needs 'samples', a number of them above 0")
+    told = [name for name in (STAGE[1:] if "stage" in plain else FIGURES) if plain.get(name) is not None]
+    faults += [f"'{name}' must be a number" for name in told if not isinstance(plain[name], int | float)]
     missing = [name for name in STAGE if name not in plain] if "stage" in plain else []
     if missing:
         faults.append(f"'stage' needs {', '.join(missing)}")

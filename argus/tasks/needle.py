@@ -14,7 +14,7 @@ from pydantic import Field
 from argus.hookspecs import hookimpl
 from argus.pictures import draw_heat
 from argus.tasks.base import Row, Run, Task
-from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide, number, quiz, room, words
+from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide, number, quizzes, room, words
 from argus.tasks.steps import passage
 
 NEEDLE = "\n\nThe secret code of {name} is {code}. Remember it.\n\n"
@@ -48,14 +48,19 @@ class Needle(Task):
 
     def run(self, run: Run) -> Iterator[Row]:
         config: NeedleConfig = self.config
+        seeds = range(run.seed, run.seed + config.samples)
+        asked = [
+            (
+                {"task": "needle", "context": length, "depth": depth},
+                [puzzle(run.tokenizer, length, depth, seed) for seed in seeds],
+            )
+            for length in config.lengths
+            for depth in config.depths
+        ]
         rows: list[Row] = []
-        for length in config.lengths:
-            for depth in config.depths:
-                seeds = range(run.seed, run.seed + config.samples)
-                puzzles = [puzzle(run.tokenizer, length, depth, seed) for seed in seeds]
-                for row in quiz(run, {"task": "needle", "context": length, "depth": depth}, puzzles, config.batch):
-                    rows.append(row)
-                    yield row
+        for row in quizzes(run, asked, config.batch):
+            rows.append(row)
+            yield row
         draw_heat(rows, run.folder / "needle.png")
 
 

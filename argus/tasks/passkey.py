@@ -8,7 +8,7 @@ from typing import Any
 
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task
-from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide_evenly, number, quiz
+from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide_evenly, number, quizzes
 
 HEAD = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -35,9 +35,12 @@ class Passkey(Task):
     Config = PasskeyConfig
 
     def run(self, run: Run) -> Iterator[Row]:
-        for length in self.config.lengths:
-            puzzles = [puzzle(run.tokenizer, length, run.seed + sample) for sample in range(self.config.samples)]
-            yield from quiz(run, {"task": "passkey", "context": length}, puzzles, self.config.batch)
+        seeds = range(run.seed, run.seed + self.config.samples)
+        asked = [
+            ({"task": "passkey", "context": length}, [puzzle(run.tokenizer, length, seed) for seed in seeds])
+            for length in self.config.lengths
+        ]
+        yield from quizzes(run, asked, self.config.batch)
 
 
 @hookimpl

@@ -146,9 +146,21 @@ def quiz(run: Run, label: Row, puzzles: Sequence[Puzzle], batch: int) -> Iterato
         yield {**label, "cache": name, "accuracy": sum(found) / len(found), "samples": len(found), **size}
 
 
+def quizzes(run: Run, asked: Sequence[tuple[Row, Sequence[Puzzle]]], batch: int) -> Iterator[Row]:
+    """A quiz for each label and its puzzles: all are made before any is asked, so that none without room ends a long run."""
+    for label, puzzles in asked:
+        yield from quiz(run, label, puzzles, batch)
+
+
 def quiz_kinds(run: Run, task: str, config: Any, make: Callable[[str, int, int], Puzzle]) -> Iterator[Row]:
     """A quiz for each of ``config.kinds`` and lengths, of puzzles that ``make(kind, length, seed)`` makes."""
-    for kind in config.kinds:
-        for length in config.lengths:
-            puzzles = [make(kind, length, run.seed + sample) for sample in range(config.samples)]
-            yield from quiz(run, {"task": task, "kind": kind, "context": length}, puzzles, config.batch)
+    seeds = range(run.seed, run.seed + config.samples)
+    yield from quizzes(
+        run,
+        [
+            ({"task": task, "kind": kind, "context": length}, [make(kind, length, seed) for seed in seeds])
+            for kind in config.kinds
+            for length in config.lengths
+        ],
+        config.batch,
+    )

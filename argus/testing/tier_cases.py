@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,16 @@ def check_bits(it: Subject) -> None:
     for counts in SHAPES:
         words = it.case(f"pages, batch, heads {list(counts)}, cache in {it.tier.tools.dtype}")
         payload = it.tier.encode(it.pages(counts), it.role)
+        words.require(isinstance(payload, Mapping), f"encode gives a {type(payload).__name__}, not tensors by name")
         words.require(bool(payload), "encode keeps nothing")
         for name, tensor in payload.items():
+            words.require(isinstance(tensor, Tensor), f"payload '{name}' is a {type(tensor).__name__}, not a tensor")
             found = f"payload '{name}' is {list(tensor.shape)}, not [n, B, ...]"
             words.require(tuple(tensor.shape[:2]) == counts[:2], found)
         kept = 8 * sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
         values = counts[0] * counts[1] * counts[2] * it.page * it.dim
         declared = it.tier.bits(it.role, it.page, it.dim)
+        words.require(isinstance(declared, int | float), f"declares {declared!r} bits a value, not a number")
         found = f"keeps {kept / values:g} bits a value, declares {declared:g}"
         words.require(abs(kept / values - declared) <= 1e-9 * declared, found)
 

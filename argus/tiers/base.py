@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from argus.backends.base import PLANES, ROLES as ROLES, Axis, Backend, Payload as Payload, Role as Role
@@ -16,6 +16,10 @@ from argus.errors import ConfigError, RangeError
 
 LIMIT = 32752.0
 """Half of the largest FP16 number: scales, zeros and means are kept in FP16, and a range spans twice its largest number."""
+
+
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+"""A seed as PyTorch's generators take it."""
 
 
 class TierConfig(BaseModel):
@@ -127,7 +131,7 @@ def gate(x: Tensor) -> Tensor:
     RangeError
         If a number is NaN, infinite, or beyond 32752 in size.
     """
-    largest = float(x.abs().amax()) if x.numel() else 0.0
+    largest = float(x.detach().abs().amax()) if x.numel() else 0.0
     if not largest <= LIMIT:
         raise RangeError(f"keys or values reach {largest:g}; a tier keeps finite numbers up to {LIMIT:g}")
     return x.to(torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 from argus.backends.base import PREFIX, Payload, Plain, Projected
 from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
-from argus.tiers.base import Role, Tier, TierConfig, Tools
+from argus.tiers.base import Role, Seed, Tier, TierConfig, Tools
 
 
 class JlConfig(TierConfig):
@@ -32,7 +32,7 @@ class JlConfig(TierConfig):
     coefficients: str | dict[str, Any] = "fp16"
     unbiased: bool = False
     centre: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
 
 def projection(page_size: int, rows: int, seed: int) -> Tensor:

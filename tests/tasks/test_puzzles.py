@@ -124,6 +124,23 @@ def test_a_length_with_no_room_is_refused(tokenizer, kind):
     assert len(make(tokenizer, kind, enough + 20, 0).context) == enough + 20
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        passkey.Passkey(passkey.PasskeyConfig(lengths=(700, 64))),
+        needle.Needle(needle.NeedleConfig(lengths=(700, 64), depths=(0.5,))),
+        recall.Recall(recall.RecallConfig(lengths=(700, 64), copied=40)),
+        Retrieval(RetrievalConfig(lengths=(700, 64), keys=8)),
+    ],
+    ids=lambda task: type(task).__name__,
+)
+def test_a_length_with_no_room_is_refused_before_any_is_asked(run, task, monkeypatch):
+    monkeypatch.setattr("argus.tasks.puzzles.replies", lambda *_: pytest.fail("a puzzle was asked"))
+    monkeypatch.setattr(needle, "NEEDLE", needle.NEEDLE * 9)
+    with pytest.raises(ConfigError, match=r"task.lengths: 64 tokens have no room"):
+        list(task.run(run))
+
+
 def test_there_are_words_enough():
     """For the largest options that are allowed."""
     assert len(words()) >= 2 * 64

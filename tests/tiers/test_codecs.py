@@ -209,6 +209,11 @@ def test_a_constant_is_kept_as_well_as_half_precision_can(name, value):
     assert (found - x).abs().max() <= allowed
 
 
+def test_the_gate_lets_numbers_with_gradients_pass():
+    x = torch.ones(1, 1, 1, 2, 2, requires_grad=True)
+    assert torch.equal(gate(x), x)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 2 * LIMIT, -2 * LIMIT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_gate_stops_what_no_tier_can_keep(number, dtype):

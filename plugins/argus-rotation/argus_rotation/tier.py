@@ -12,7 +12,7 @@ from torch import Tensor
 
 from argus.backends.base import Loaded, Payload
 from argus.backends.cpu import pack, unpack
-from argus.tiers.base import Role, Tier, TierConfig, Tools, check_packing
+from argus.tiers.base import Role, Seed, Tier, TierConfig, Tools, check_packing
 from argus_rotation.codebook import codebook, distortion
 
 
@@ -20,7 +20,7 @@ class RotationConfig(TierConfig):
     """Options of rotation: bits a code, and the seed of the signs."""
 
     bits: Annotated[int, Field(ge=1, le=4)] = 3
-    seed: int = 0
+    seed: Seed = 0
 
 
 def blocks(length: int) -> list[int]:
