@@ -22,6 +22,10 @@ SINGLE = ("tiers", "aging", "outliers", "model", "task", "experiment")
 """Groups of which a run has one choice; of a list Hydra would take the last, and of several experiments sweep none."""
 
 
+OTHERS = ("--config-path", "-cp", "--config-name", "-cn")
+"""Flags of Hydra that name another config than ARGUS's."""
+
+
 FOLDERS = ("--config-dir", "-cd")
 """Flags of Hydra that name a folder of config groups."""
 
@@ -68,6 +72,15 @@ class Command:
         return [*others, *kept, f"hydra.sweep.dir='{quoted}'"]
 
 
+def check_flags(command: Command) -> None:
+    """Raise :class:`ConfigError` if another config than ARGUS's own is asked for."""
+    from argus.errors import ConfigError
+
+    for word in command.arguments:
+        if word.split("=")[0] in OTHERS:
+            raise ConfigError(f"{word}: the config is ARGUS's own; allowed: --config-dir FOLDER with configs of yours")
+
+
 def check(command: Command) -> None:
     """Compose, validate and choose every value that is asked for, all but what needs the model.
 
@@ -82,6 +95,7 @@ def check(command: Command) -> None:
     from argus.policies.base import TextFacts
     from argus.runner import choose
 
+    check_flags(command)
     check_launcher(command.overrides)
     check_choices(command.overrides)
     words = [word for word in command.overrides if not word.startswith("hydra.")]
@@ -106,9 +120,7 @@ def sweeps(command: Command) -> str | None:
 
     if not command.runs:
         return None
-    asked = ("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir=")
-    words = [word for word in command.overrides if not word.startswith("hydra.") or word.startswith(asked)]
-    runs = combinations(words)
+    runs = combinations([word for word in command.overrides if not word.startswith("hydra.searchpath=")])
     sweep, folder, kept = sweep_of(runs[0], command.folders)
     if sweep or command.multirun:
         if kept != HYDRA:
@@ -127,6 +139,8 @@ def check_choices(words: Sequence[str]) -> None:
     for word in words:
         group, _, value = word.lstrip("+").partition("=")
         several = value.startswith("[") or (group == "experiment" and "," in value)
+        if group in (*SINGLE, "anchors", "cache") and value == "{}":
+            raise ConfigError(f"'{word}' sets nothing; allowed: the name of a config, or options")
         if group in SINGLE and several:
             more = "one at a time" if group == "experiment" else f"one, or -m {group}=a,b for a run of each"
             raise ConfigError(f"'{word}': a run has one {group}; allowed: {more}")

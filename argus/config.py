@@ -181,8 +181,11 @@ def _first(faults: Sequence[Any]) -> list[Any]:
 def _line(kind: type[BaseModel], fault: Mapping[str, Any], where: str) -> str:
     path = ".".join(str(part) for part in (*([where] if where else []), *fault["loc"]))
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-        message = f"is not an option; allowed: {', '.join(kind.model_fields) or 'none'}"
+    holder: Any = kind
+    for part in fault["loc"][:-1]:
+        holder = holder.model_fields[part].annotation if part in getattr(holder, "model_fields", ()) else None
+    if fault["type"] == "extra_forbidden" and hasattr(holder, "model_fields"):
+        message = f"is not an option; allowed: {', '.join(holder.model_fields) or 'none'}"
     return f"{path}: {message}" if path else message
 
 
@@ -216,7 +219,7 @@ def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[boo
         If they do not compose.
     """
     from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
+    from hydra.errors import ConfigCompositionException, HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
@@ -225,9 +228,10 @@ def sweep_of(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[boo
             composed = hydra_compose("config", overrides=[*overrides, *searched], return_hydra_config=True)
             settings = composed.hydra
             return settings.mode == RunMode.MULTIRUN, str(settings.sweep.dir), settings.output_subdir
+        except ConfigCompositionException as error:
+            raise ConfigError(_not_composed(error, overrides, searched)) from error
         except (HydraException, OmegaConfBaseException) as error:
-            message = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
-            raise ConfigError(" ".join(message.split())) from error
+            raise ConfigError(" ".join(str(error).split())) from error
 
 
 def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[str, Any]:
@@ -244,7 +248,7 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
     with _searching(folders) as searched:
@@ -257,10 +261,9 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[str] = ()) -> dict[
             choices = error.options or GlobalHydra.instance().config_loader().get_group_options(group)
             raise ConfigError(f"'{error.missing_cfg_file}' is no config; allowed: {', '.join(choices)}") from error
         except ConfigCompositionException as error:
-            cause = error.__cause__
-            if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-                raise ConfigError(_no_option(str(cause.full_key), overrides, searched)) from error
-            raise ConfigError(" ".join(str(error).split())) from error
+            raise ConfigError(_not_composed(error, overrides, searched)) from error
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"{error.full_key} has no value; allowed: one that you give, as {error.full_key}=...") from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from error
         except YAMLError as error:
@@ -291,6 +294,17 @@ def _no_choice(overrides: Sequence[str], searched: Sequence[str]) -> str | None:
     return None
 
 
+def _not_composed(error: Exception, overrides: Sequence[str], searched: Sequence[str]) -> str:
+    """What to say of overrides that Hydra cannot set."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _no_option(str(cause.full_key), overrides, searched)
+    message = ": ".join(str(one) for one in (error, cause) if one is not None)
+    return " ".join(message.split())
+
+
 def _no_option(key: str, overrides: Sequence[str], searched: Sequence[str]) -> str:
     """What to say of an option that does not exist: what the chosen configs allow there, and what was set before it."""
     from hydra import compose as hydra_compose
@@ -308,7 +322,8 @@ def _no_option(key: str, overrides: Sequence[str], searched: Sequence[str]) -> s
         reached = reached or f"{name}.".startswith(f"{key}.") or (holds and not adds)
         if not reached:
             kept.append(str(override.input_line))
-    known: Any = hydra_compose("config", overrides=[*kept, *searched])
+    hydra = key.startswith("hydra.")
+    known: Any = hydra_compose("config", overrides=[*kept, *searched], return_hydra_config=hydra)
     there: list[str] = []
     for part in key.split(".")[:-1]:
         if not isinstance(known, DictConfig) or part not in known:

@@ -57,6 +57,9 @@ def prepare(folder: Path) -> Path:
 
 def main() -> None:
     """Make the environment if need be, and run ARGUS in it."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     raise SystemExit(subprocess.call([str(prepare(FOLDER)), "-m", "argus", *words(sys.argv[1:])]))
 
 

@@ -63,6 +63,7 @@ WRONG = {
     "cache.argus.overrides=['tiers=int5']": r"'tiers/int5' is no config; allowed: .*default.*int4",
     "task.name=nothing": r"task 'nothing' is not known; allowed: fidelity, generate, .*overview, passkey, perplexity",
     "+task.samples=4": r"task.samples: is not an option; allowed: passkey, perplexity, fidelity",
+    "task.passkey.lengths=[64,128,64]": r"task.passkey.lengths: 64 is there twice; allowed: each once",
     "task.passkey.lengths=[]": r"task.passkey.lengths: .*at least 1 item",
     "task.passkey.lengths=[10]": r"task.passkey.lengths.*greater than or equal to 64",
     "seed=one": r"seed: .*integer",
@@ -77,6 +78,10 @@ WRONG = {
     "seed=range(1,3,0)": r"'seed=range\(1,3,0\)': .*must not be zero; allowed: a list of values",
     "seed=range(1,1)": r"'seed=range\(1,1\)' has no value; allowed: a list of values",
     "nonsense": r"'nonsense'.*name=value",
+    "anchors={}": r"'anchors=\{\}' sets nothing; allowed: the name of a config, or options",
+    "model=hf": r"model.id has no value; allowed: one that you give, as model.id=...",
+    "++tiers.foo=1": r"tiers.foo: is not an option; allowed: page_size, window",
+    "--config-name=foo": r"--config-name=foo: the config is ARGUS's own; allowed: --config-dir",
 }
 
 
@@ -347,6 +352,11 @@ def test_a_sweep_finds_what_its_runs_are():
     with pytest.raises(ConfigError, match=r"^hydra.output_subdir=None: a sweep reads there .*; allowed: .hydra$"):
         sweeps(Command.of(["-m", *words]))
     assert sweeps(Command.of(["tiers=int8", words[1]])) is None
+
+
+def test_settings_of_hydra_that_do_not_exist_are_told():
+    with pytest.raises(ConfigError, match=r"^'hydra.sweep.foo' is no option; allowed in hydra.sweep: dir, subdir$"):
+        sweeps(Command.of(["hydra.sweep.foo=1"]))
 
 
 def test_known_names_are_read_only():

@@ -14,7 +14,7 @@ from pydantic import Field
 from argus.hookspecs import hookimpl
 from argus.pictures import draw_heat
 from argus.tasks.base import Row, Run, Task
-from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide, number, quizzes, room, words
+from argus.tasks.puzzles import SLACK, Once, Puzzle, PuzzleConfig, encode, hide, number, quizzes, room, words
 from argus.tasks.steps import passage
 
 NEEDLE = "\n\nThe secret code of {name} is {code}. Remember it.\n\n"
@@ -26,7 +26,7 @@ Depth = Annotated[float, Field(ge=0, le=1)]
 class NeedleConfig(PuzzleConfig):
     """Options of needle, beside lengths and batch: depths (0: the beginning, 1: the end), and needles a cell of the grid."""
 
-    depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    depths: Annotated[tuple[Depth, ...], *Once] = (0.1, 0.3, 0.5, 0.7, 0.9)
     samples: Annotated[int, Field(ge=1)] = 2
 
 

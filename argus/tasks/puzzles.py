@@ -11,7 +11,7 @@ from functools import cache
 from itertools import groupby
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from argus.errors import ConfigError
 from argus.tasks.base import CacheKind, Row, Run, TaskConfig
@@ -20,7 +20,25 @@ from argus.tasks.steps import decode, forward, ids_of, mean_memory, memory, pros
 SLACK = 3
 """Tokens that an answer may have beside the strings that are expected."""
 
-Lengths = Annotated[tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1)]
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`values` as they are; puzzles asked twice would count as two samples.
+
+    Raises
+    ------
+    ValueError
+        If one is there twice.
+    """
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice; allowed: each once")
+    return values
+
+
+Once = (Field(min_length=1), AfterValidator(distinct))
+"""What holds of several values of one option: there is one at least, and none twice."""
+
+Lengths = Annotated[tuple[Annotated[int, Field(ge=64)], ...], *Once]
 
 
 class PuzzleConfig(TaskConfig):

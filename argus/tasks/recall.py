@@ -17,7 +17,7 @@ from pydantic import Field
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task
 from argus.tasks.passkey import FILLER
-from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide_evenly, quiz_kinds, words
+from argus.tasks.puzzles import SLACK, Once, Puzzle, PuzzleConfig, encode, hide_evenly, quiz_kinds, words
 
 Kind = Literal["copy", "pairs"]
 Some = Annotated[int, Field(ge=1, le=64)]
@@ -30,7 +30,7 @@ class RecallConfig(PuzzleConfig):
     that the answer should continue with. ``pairs``: pairs of words, of one of which the second is asked for.
     """
 
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("copy", "pairs")
+    kinds: Annotated[tuple[Kind, ...], *Once] = ("copy", "pairs")
     given: Some = 4
     copied: Some = 8
     pairs: Some = 8

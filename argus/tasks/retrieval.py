@@ -13,7 +13,7 @@ from pydantic import Field
 from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task
 from argus.tasks.passkey import FILLER, HEAD
-from argus.tasks.puzzles import SLACK, Puzzle, PuzzleConfig, encode, hide_evenly, number, quiz_kinds, words
+from argus.tasks.puzzles import SLACK, Once, Puzzle, PuzzleConfig, encode, hide_evenly, number, quiz_kinds, words
 
 Kind = Literal["multikey", "multivalue", "tracking"]
 Few = Annotated[int, Field(ge=1, le=8)]
@@ -28,7 +28,7 @@ class RetrievalConfig(PuzzleConfig):
     defaults are small enough for a model of 135M parameters; RULER's usual ones are ``keys=4 values=4 chains=1 hops=4``.
     """
 
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("multikey", "multivalue", "tracking")
+    kinds: Annotated[tuple[Kind, ...], *Once] = ("multikey", "multivalue", "tracking")
     keys: Few = 2
     values: Few = 3
     chains: Few = 1
