@@ -53,10 +53,13 @@ def build(
     exact = exact_dtype(config.tiers.dtype, dtype)
     known = plugins.kinds(manager, "argus_tiers")
 
-    def make(spec: str | Mapping[str, Any]) -> Tier:
+    def make(spec: str | Mapping[str, Any], where: str = "") -> Tier:
         options = {"tier": spec} if isinstance(spec, str) else dict(spec)
-        kind = plugins.pick("tier", str(options.pop("tier", None)), known)
-        tier: Tier = kind(validate(kind.Config, options, kind.__name__.lower()), Tools(backend, exact, make))
+        name = options.pop("tier", None)
+        if name is None:
+            raise ConfigError(f"{where or 'a tier'}: {options} names no tier; allowed: tier=..., one of {', '.join(known)}")
+        kind = plugins.pick("tier", str(name), known)
+        tier: Tier = kind(validate(kind.Config, options, where or kind.__name__.lower()), Tools(backend, exact, make))
         return tier
 
     ladder = config.tiers
@@ -104,13 +107,15 @@ def choose_backend(name: str, device: torch.device, known: Mapping[str, type]) -
 def make_stage(name: str, config: StageConfig, page_size: int, make: Any) -> Stage:
     """One stage's tiers; an option beside a role of its own would have no meaning and is refused."""
     shared: dict[str, Any] = {"tier": config.tier, **config.options}
-    specs = {role: getattr(config, role) or shared for role in ROLES}
-    parted = all(getattr(config, role) for role in ROLES)
+    own = {role: getattr(config, role) for role in ROLES}
+    parted = all(own.values())
     if config.tier is None and not parted:
         raise ConfigError(f"stages.{name}: give tier=..., or both keys=... and values=...")
     if parted and (config.tier or config.options):
         raise ConfigError(f"stages.{name}: keys and values have tiers of their own; tier and options beside them have no use")
-    tiers = {role: make(spec) for role, spec in specs.items()}
+    tiers = {
+        role: make(spec, f"stages.{name}.{role}") if spec else make(shared, f"stages.{name}") for role, spec in own.items()
+    }
     capacity = None if config.capacity is None else config.capacity // page_size
     return Stage(StageFacts(name, capacity), tiers["keys"], tiers["values"])
 

@@ -331,7 +331,8 @@ def _no_option(key: str, overrides: Sequence[str], searched: Sequence[str]) -> s
         known = known[part]
         there.append(part)
     allowed = ", ".join(map(str, known)) if isinstance(known, DictConfig) else ""
-    return f"'{key}' is no option; allowed in {'.'.join(there) or 'a run'}: {allowed or 'none'}"
+    said = f"'{key}' is no option; allowed in {'.'.join(there) or 'a run'}: {allowed or 'none'}"
+    return f"{said}, and what its tier takes with +{key}=..." if there[:2] == ["tiers", "stages"] and there[2:] else said
 
 
 def load_cache_config(choice: str | CacheConfig | Sequence[str] | None = None) -> CacheConfig:
