@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -88,6 +89,10 @@ class one_line:  # noqa: N801
 
 def main() -> None:
     """The command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that has no sign for what a model writes stops no run.
+            stream.reconfigure(errors="replace")
     try:
         run()
     except KeyboardInterrupt as error:
