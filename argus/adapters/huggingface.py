@@ -28,6 +28,8 @@ from argus.policies.base import TextFacts
 class ArgusCache(Cache):  # type: ignore[misc]
     """A compressed cache for ``model.generate(past_key_values=...)``.
 
+    It is for inference: gradients pass through the tokens of one call, not through what is held of those before.
+
     Parameters
     ----------
     model : PreTrainedModel
