@@ -16,7 +16,6 @@ from argus.ledger import Match, measure
 from argus.moves import Context
 from argus.plan import Plan
 from argus.policies.base import RECENT
-from argus.tiers.base import ROLES
 
 LEAST, MOST = 2.0**-12, 2.0**12
 """Factors between which stages are scaled: from none of the pages in all but the last to all of them in the first."""
@@ -105,7 +104,7 @@ def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, reaches: Se
         layer.age(Context(queries=keys[:, :, max(0, first - RECENT) : first].float()))
         layer.write(keys[:, :, first:], values[:, :, first:])
     own = [measure(layers[reach].tensors(), layers[reach].values) for reach in reaches]
-    shared = measure((("", tensor) for s in stages for role in ROLES for tensor in s.tier(role).shared().values()), 0)
+    shared = measure(scaled.shared(), 0)
     bits = 8 * (sum(one.bytes for one in own) + shared.bytes) / sum(one.values for one in own)
     return Trial(scaled, bits, tuple(len(pool) for pool in layers[max(reaches, key=lambda reach: reach or inf)].pools))
 

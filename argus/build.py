@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -47,21 +47,13 @@ def build(
     ConfigError
         If a name is not known, an option is not allowed, a group does not divide, the ladder grows, or the backend needs a
         device that is not here.
+    PluginError
+        If a plugin does not load or answers a hook with what it may not, or two plugins claim one name.
     """
     manager = plugins.load(extra)
     backend = choose_backend(config.backend, torch.device(device), plugins.kinds(manager, "argus_backends"))
     exact = exact_dtype(config.tiers.dtype, dtype)
-    known = plugins.kinds(manager, "argus_tiers")
-
-    def make(spec: str | Mapping[str, Any], where: str = "") -> Tier:
-        options = {"tier": spec} if isinstance(spec, str) else dict(spec)
-        name = options.pop("tier", None)
-        if name is None:
-            raise ConfigError(f"{where or 'a tier'}: {options} names no tier; allowed: tier=..., one of {', '.join(known)}")
-        kind = plugins.pick("tier", str(name), known)
-        tier: Tier = kind(validate(kind.Config, options, where or kind.__name__.lower()), Tools(backend, exact, make))
-        return tier
-
+    make = tier_maker(backend, exact, plugins.kinds(manager, "argus_tiers"))
     ladder = config.tiers
     stages = tuple(make_stage(name, ladder.stages[name], ladder.page_size, make) for name in ladder.order)
     if head_dim is not None:
@@ -93,7 +85,7 @@ def exact_dtype(choice: str, model: torch.dtype) -> torch.dtype:
 
 
 def choose_backend(name: str, device: torch.device, known: Mapping[str, type]) -> Backend:
-    """The backend asked for, or for ``auto`` the one called like the device's usual kernels, else ``cpu``."""
+    """The backend asked for; ``auto``: ``triton`` on a GPU where it is known, else ``cpu``."""
     if name == "auto":
         name = "triton" if device.type == "cuda" and "triton" in known else "cpu"
     kind = plugins.pick("backend", name, known)
@@ -104,8 +96,26 @@ def choose_backend(name: str, device: torch.device, known: Mapping[str, type]) -
     return backend
 
 
-def make_stage(name: str, config: StageConfig, page_size: int, make: Any) -> Stage:
-    """One stage's tiers; an option beside a role of its own would have no meaning and is refused."""
+def tier_maker(backend: Backend, dtype: torch.dtype, known: Mapping[str, type]) -> Callable[..., Tier]:
+    """A function ``make(spec, where)`` that builds a tier of `known`.
+
+    ``spec`` is its name, or a mapping of its name (``tier``) and its options; ``where`` is what faults of the options call it.
+    """
+
+    def make(spec: str | Mapping[str, Any], where: str = "") -> Tier:
+        options = {"tier": spec} if isinstance(spec, str) else dict(spec)
+        name = options.pop("tier", None)
+        if name is None:
+            raise ConfigError(f"{where or 'a tier'}: {options} names no tier; allowed: tier=..., one of {', '.join(known)}")
+        kind = plugins.pick("tier", str(name), known)
+        tier: Tier = kind(validate(kind.Config, options, where or kind.__name__.lower()), Tools(backend, dtype, make))
+        return tier
+
+    return make
+
+
+def make_stage(name: str, config: StageConfig, page_size: int, make: Callable[..., Tier]) -> Stage:
+    """One stage's tiers; a tier or an option beside roles that both have their own would have no use and is refused."""
     shared: dict[str, Any] = {"tier": config.tier, **config.options}
     own = {role: getattr(config, role) for role in ROLES}
     parted = all(own.values())

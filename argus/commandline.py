@@ -88,6 +88,8 @@ def check(command: Command) -> None:
     ------
     ConfigError
         If a group, an option or a value is not allowed.
+    ModelError
+        If the model's config is not there.
     """
     from argus.build import build
     from argus.config import RunConfig, compose, validate

@@ -33,7 +33,7 @@ class OpenOptions(BaseModel):
 
 
 class StageConfig(OpenOptions):
-    """A stage: one tier for both roles (with its options beside it), or one each in ``keys`` and ``values``.
+    """A stage: a tier, with its options beside it, for each role that has none of its own in ``keys`` or ``values``.
 
     ``capacity`` is in tokens, for aging policies that look at it; null: any number.
     """

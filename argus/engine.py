@@ -211,6 +211,8 @@ class LayerCache:
         ------
         RangeError
             If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
+        ArgusError
+            If a policy or a tier answers with what its contract does not allow.
         """
         born, start = self.due, self.window.start
         if not born:
@@ -378,7 +380,7 @@ class LayerCache:
         self.blocks.renew(self.pools, self.outliers)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor held, each with what it is for: ``stage.<place>``, ``exact``, ``outliers`` or ``window``."""
+        """Every tensor held, each with what it is for: ``stage.<place>``, ``exact``, ``outliers``, ``window`` or ``index``."""
         for place, pool in enumerate(self.pools):
             for slab in pool.slabs:
                 for tensor in slab.values():

@@ -1,4 +1,4 @@
-"""Every hook of ARGUS. Hooks return classes or names and are called once, at build; none runs a page or a token."""
+"""Every hook of ARGUS. Hooks return classes, or where configs are; none is called for a page or a token."""
 
 from __future__ import annotations
 

@@ -257,22 +257,22 @@ class Window:
 
     def drop(self, tokens: int) -> None:
         """Forget the oldest tokens."""
-        self._keep(self.parts(), tokens, len(self))
+        self._keep(tokens, len(self))
 
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens."""
-        self._keep(self.parts(), 0, len(self) - tokens)
+        self._keep(0, len(self) - tokens)
 
     def reset(self, start: int) -> None:
         """Hold nothing; the next token has position `start`."""
         self.start, self.used = start, 0
         self.buffer = self.fresh = None
 
-    def _keep(self, parts: list[tuple[Tensor, Tensor]], begin: int, end: int) -> None:
-        """Hold tokens `begin` to `end` of `parts`, as a view where they fit no buffer."""
+    def _keep(self, begin: int, end: int) -> None:
+        """Hold tokens `begin` to `end` only, as a view where they fit no buffer."""
         kept = []
         offset = 0
-        for keys, values in parts:
+        for keys, values in self.parts():
             low, high = max(begin - offset, 0), min(end - offset, keys.shape[2])
             if low < high:
                 kept.append((keys[:, :, low:high], values[:, :, low:high]))

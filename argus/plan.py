@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from argus.backends.base import Backend
 from argus.ledger import Match
 from argus.policies.base import Aging, Anchors, Outliers, StageFacts
-from argus.tiers.base import Role, Tier
+from argus.tiers.base import ROLES, Role, Tier
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Plan:
     def needs_queries(self) -> bool:
         """Whether any policy asks for the newest queries."""
         return self.aging.needs_queries or any(policy.needs_queries for policy in self.anchors)
+
+    def shared(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that all pages of a stage share, named ``shared``."""
+        for stage in self.stages:
+            for role in ROLES:
+                for tensor in stage.tier(role).shared().values():
+                    yield "shared", tensor
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         return self

@@ -52,7 +52,7 @@ def load(extra: Iterable[Any] = (), commands: bool = False) -> pluggy.PluginMana
     Raises
     ------
     PluginError
-        If a plugin cannot be imported or implements a hook that does not exist.
+        If an installed plugin cannot be imported, two of them have one name, or one implements a hook that does not exist.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)

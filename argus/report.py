@@ -1,4 +1,4 @@
-"""Report: rows become one table, ``report.json``, and after a sweep one table and one picture."""
+"""Report: rows become one table and ``report.json``."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def merge(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Row]]:
     for row in rows:
         if "stage" not in row:
             lines.setdefault((row["cache"], row["context"], 0), []).append(row)
-            if "decoded_kl" in row:
-                figures = {key: row[f"decoded_{key}"] for _, key, _ in PROSE}
+            if row.get("decoded_kl") is not None:
+                figures = {key: row.get(f"decoded_{key}") for _, key, _ in PROSE}
                 lines[row["cache"], row["context"], row["decoded"]] = [{"task": row["task"], **figures}]
     order = list(dict.fromkeys(cache for cache, _, _ in lines))
     return dict(sorted(lines.items(), key=lambda line: (line[0][1], order.index(line[0][0]), line[0][2])))
@@ -232,11 +232,11 @@ def stage_lines(rows: Sequence[Row]) -> list[list[str]]:
     return [
         [
             row["stage"] if row["stage"] == row["tier"] else f"{row['stage']} ({row['tier']})",
-            whole(row["tokens"]),
+            number(row["tokens"], whole),
             size(row["bytes"]),
             number(row["bits_per_value"], ".2f"),
             number(16 / row["bits_per_value"] if row["bits_per_value"] else None, ".2f"),
-            whole(row["pages"]),
+            number(row["pages"], whole),
             number(row["cosine_keys"], ".4f"),
             number(row["cosine_values"], ".4f"),
         ]
@@ -270,7 +270,11 @@ WIDTH = 100
 def terminal(drawn: Table, folds: int = 0) -> Console:
     """Where a table goes, 100 columns wide, or as it or the terminal is: a narrower one breaks lines, but no figure is cut.
 
-    folds: columns that the table can do without.
+    Parameters
+    ----------
+    drawn : Table
+    folds : int
+        Columns that it can do without, since what stands in them goes on in the next line.
     """
     console = Console()
     needed = Console(width=10_000).measure(drawn).maximum - folds

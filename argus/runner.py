@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from argus.tasks.base import CacheKind, Row, Run, RunEvents, Task, checked
 
 
 @contextmanager
-def progress():  # type: ignore[no-untyped-def]
+def progress() -> Iterator[Callable[[str], None]]:
     """A spinner on stderr that says what is going on; one line each where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:

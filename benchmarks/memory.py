@@ -41,8 +41,7 @@ def held(layers: list[LayerCache]) -> Iterator[tuple[str, Tensor]]:
     plan = layers[0].plan
     for layer in layers:
         yield from layer.tensors()
-    for tensor in (x for stage in plan.stages for tier in (stage.keys, stage.values) for x in tier.shared().values()):
-        yield "shared", tensor
+    yield from plan.shared()
     for tensor in plan.backend.tensors():
         yield "index", tensor
 

@@ -103,6 +103,11 @@ def test_what_was_not_measured_is_blank():
     assert [report.size(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**30)] == ["0 B", "1023 B", "1 KiB", "3 MiB", "5 GiB"]
 
 
+def test_a_stage_may_lack_figures():
+    row = {"task": "mine", "cache": "argus", "context": 64, "stage": "cold"} | dict.fromkeys(STAGE) | {"tier": "int4"}
+    assert report.stage_lines([checked(row)]) == [["cold (int4)", *[""] * 7]]
+
+
 def shown(rows) -> list[list[str]]:
     """The table, heads first."""
     return report.cache_table(rows)
@@ -151,6 +156,13 @@ def test_what_was_decoded_one_by_one_has_a_line_of_its_own():
         ("fp16", "400 +32", ["+0.5000", "0.2500", "", ""]),
         ("argus", "400", ["+0.0123", "0.0456", "400", "8.0"]),
         ("argus", "400 +32", ["+0.5000", "0.2500", "", ""]),
+    ]
+    alone = {"task": "mine", "cache": "fp16", "context": 64, "decoded": 8, "decoded_kl": 0.25}
+    assert shown([alone, alone | {"cache": "argus", "decoded_kl": None}]) == [
+        ["cache", "tokens", "KL"],
+        ["fp16", "64", ""],
+        ["fp16", "64 +8", "0.2500"],
+        ["argus", "64", ""],
     ]
 
 
@@ -536,6 +548,7 @@ def test_a_row_is_looked_at_when_it_is_told() -> None:
         (base | {"cache": None}, "'cache' must be a string"),
         (base | {"accuracy": 0.5}, "'accuracy' needs 'samples', a number of them above 0"),
         (base | {"accuracy": 0.5, "samples": 0}, "'accuracy' needs 'samples', a number of them above 0"),
+        (base | {"decoded_kl": 0.5}, "'decoded_kl' needs 'decoded', a number of tokens above 0"),
         (base | {"bits_per_value": "4"}, "a row of task 'mine': 'bits_per_value' must be a number"),
         (base | {"stage": "cold"}, "'stage' needs tier, tokens, bytes"),
         (base | dict.fromkeys(STAGE, "x") | {"stage": "cold"}, "'tokens' must be a number; 'bytes' must be a number"),

@@ -174,10 +174,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
         """Every tensor held, each with what it is for."""
         for layer in self.layers:
             yield from layer.engine.tensors()
-        for stage in self.plan.stages:
-            for tier in (stage.keys, stage.values):
-                for tensor in tier.shared().values():
-                    yield "shared", tensor
+        yield from self.plan.shared()
         for tensor in self.plan.backend.tensors():
             yield "index", tensor
         yield from self.transcript.tensors()

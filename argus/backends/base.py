@@ -239,6 +239,11 @@ class Backend(ABC):
             ``[n, B, H, P, D]`` float32, finite.
         form : Affine, Float8, Plain or Projected
             Plain numbers take the form's dtype, or keep theirs; what is projected has a form of these inside.
+
+        Raises
+        ------
+        TypeError
+            If `form` is another.
         """
         match form:
             case Affine():

@@ -133,7 +133,7 @@ class Salience(Anchors):
 
 
 def nearest(x: Tensor) -> Tensor:
-    """Each token's largest cosine with another: ``[..., T, D]`` to ``[..., T]``."""
+    """Each token's largest cosine with another, less the mean of all: ``[..., T, D]`` to ``[..., T]``."""
     unit = torch.nn.functional.normalize(x - x.mean(-2, keepdim=True), dim=-1)
     cosine = unit @ unit.transpose(-1, -2)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(-1.0)

@@ -41,8 +41,9 @@ def checked(row: Mapping[str, Any]) -> Row:
         raise PluginError(f"a row of the task is {row!r}; allowed: a dict")
     plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
     faults = [f"'{name}' must be {said}" for name, kind, said in NEEDED if not isinstance(plain.get(name), kind)]
-    if plain.get("accuracy") is not None and not (isinstance(plain.get("samples"), int) and plain["samples"] > 0):
-        faults.append("'accuracy' needs 'samples', a number of them above 0")
+    for name, beside, what in (("accuracy", "samples", "them"), ("decoded_kl", "decoded", "tokens")):
+        if plain.get(name) is not None and not (isinstance(plain.get(beside), int) and plain[beside] > 0):
+            faults.append(f"'{name}' needs '{beside}', a number of {what} above 0")
     told = [name for name in (STAGE[1:] if "stage" in plain else FIGURES) if plain.get(name) is not None]
     faults += [f"'{name}' must be a number" for name in told if not isinstance(plain[name], int | float)]
     missing = [name for name in STAGE if name not in plain] if "stage" in plain else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from pydantic import PositiveInt
@@ -17,11 +16,11 @@ from argus.engine import LayerCache
 from argus.hookspecs import hookimpl
 from argus.ledger import measure
 from argus.pages import to_pages
-from argus.plan import Plan
+from argus.plan import Plan, Stage
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.perplexity import window
 from argus.tasks.steps import feed
-from argus.tiers.base import ROLES
+from argus.tiers.base import ROLES, Role
 
 
 class FidelityConfig(TaskConfig):
@@ -31,7 +30,7 @@ class FidelityConfig(TaskConfig):
 
 
 class Fidelity(Task):
-    """One row a stage of the run's first cache with a ladder, for prose of ``context`` tokens."""
+    """One row a stage of the run's first cache with a ladder, else of the run's own, for prose of ``context`` tokens."""
 
     Config = FidelityConfig
 
@@ -66,7 +65,8 @@ def stage_rows(name: str, held: ArgusCache, source: Cache) -> list[Row]:
         pages = sum(len(layer.pools[place]) for layer in layers)
         tokens = pages * held.plan.page_size
         batch, heads, dim = layers[0].shape or (0, 0, 0)
-        ledger = measure(((n, x) for n, x in named if n == f"stage.{place}"), 2 * batch * heads * dim * tokens)
+        values = batch * heads * (dim + layers[0].value_dim) * tokens
+        ledger = measure(((n, x) for n, x in named if n == f"stage.{place}"), values)
         row: Row = {
             "task": "fidelity",
             "cache": name,
@@ -84,14 +84,14 @@ def stage_rows(name: str, held: ArgusCache, source: Cache) -> list[Row]:
     return rows
 
 
-def tier_names(stage: Any) -> str:
+def tier_names(stage: Stage) -> str:
     """The tiers of a stage, keys before values where they differ."""
     names = [type(stage.tier(role)).__name__.lower() for role in ROLES]
     return names[0] if names[0] == names[1] else "/".join(names)
 
 
 @torch.inference_mode()
-def cosine(layers: list[LayerCache], sources: list[Tensor], place: int, role: Any) -> float | None:
+def cosine(layers: list[LayerCache], sources: list[Tensor], place: int, role: Role) -> float | None:
     """Mean cosine, a token and head, of what a stage reads back with its source; None for an empty stage."""
     total, count = 0.0, 0
     for layer, source in zip(layers, sources, strict=True):

@@ -11,6 +11,9 @@ from argus.hookspecs import hookimpl
 from argus.tasks.base import Row, Run, Task, TaskConfig
 from argus.tasks.steps import Clock, feed, ids_of, memory
 
+CUT = "\ufffd"
+"""How a tokenizer tells a letter of which only some bytes are there: other tokens bring the rest."""
+
 
 class GenerateConfig(TaskConfig):
     """Options of generate: the prompt, tokens to decode, and the orders of the n-grams counted."""
@@ -62,12 +65,16 @@ class Generate(Task):
             held, clock = kind.make(run), Clock(run.device)
             run.tell(f"generate: {name}")
             out: list[int] = []
+            shown = ""
             logits = feed(run, held, ids_of(run, ids))
             while len(out) < self.config.tokens:
                 out.append(int(logits.argmax()))
                 if out[-1] in stops:
                     break
-                run.show(run.tokenizer.decode(out[-1:]))
+                text = run.tokenizer.decode(out)
+                if not text.endswith(CUT):
+                    run.show(text[len(shown) :])
+                    shown = text
                 with clock.timed():
                     logits = feed(run, held, ids_of(run, out[-1:]))
             run.show("\n")

@@ -110,7 +110,7 @@ def check_affine(contract: Contract, backend: Backend, x: Tensor, form: Affine) 
 
 
 def check_centred(contract: Contract, backend: Backend, x: Tensor, form: Affine) -> None:
-    """One bit about the mean: the CPU backend's codes and scales, since both add in the same order."""
+    """One bit about the mean: the CPU backend's codes and scales, since both sum in float64."""
     words = contract.at(f"pages {list(x.shape)}, {form}")
     payload = backend.quantize(x, form)
     require_scales(words, payload, {"codes", "scale", "zero"}, x, form)

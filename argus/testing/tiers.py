@@ -10,6 +10,7 @@ import torch
 from argus import plugins
 from argus.backends.base import Backend, Role
 from argus.backends.cpu import CpuBackend
+from argus.build import tier_maker
 from argus.errors import ConfigError
 from argus.testing.base import Contract, options, title
 from argus.testing.tier_cases import DTYPES, Subject, check_bits, check_pages
@@ -82,13 +83,7 @@ def maker(
     """A function that builds the tier anew for a cache that keeps exact tokens in a given dtype."""
 
     def build(dtype: torch.dtype) -> Tier:
-        def part(spec: str | Mapping[str, Any]) -> Tier:
-            choice = {"tier": spec} if isinstance(spec, str) else dict(spec)
-            inner = plugins.pick("tier", str(choice.pop("tier", None)), known)
-            made: Tier = inner(options(inner, choice), tools)
-            return made
-
-        tools = Tools(backend, dtype, part)
+        tools = Tools(backend, dtype, tier_maker(backend, dtype, known))
         return kind(options(kind, config), tools)  # type: ignore[arg-type]
 
     return build

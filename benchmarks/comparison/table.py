@@ -24,7 +24,7 @@ from argus.adapters.huggingface import make_plan
 from argus.build import build
 from argus.caches import Argus, Half
 from argus.caches.ladder import ArgusOptions
-from argus.config import RunConfig, compose, validate
+from argus.config import RunConfig, compose, load_cache_config, validate
 from argus.errors import ArgusError, ConfigError
 from argus.models import Loaded, choose_device, load
 from argus.report import device_name, size, versions
@@ -156,7 +156,7 @@ def main() -> None:
     words = [f"model.device={options.device}", f"seed={options.seed}"]
     config = validate(RunConfig, compose(words))
     for name in options.ladders:  # A wrong name is told before anything is measured.
-        build(validate(RunConfig, compose([f"tiers={name}"])).argus(), 64)
+        build(load_cache_config(name), 64)
     trained = [name for name in models.KINDS if (options.weights / f"{name}.safetensors").exists()]
     rows: list[Row] = []
     training: dict[str, Any] = {}

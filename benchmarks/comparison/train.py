@@ -84,15 +84,20 @@ def logits_of_answers(model: Any, batch: data.Batch) -> Tensor:
     return hidden.logits[:, ::2]
 
 
-def loss_of(model: Any, batch: data.Batch) -> Tensor:
-    """Mean negative log-likelihood of the answers, nats."""
-    return cross_entropy(logits_of_answers(model, batch).float().flatten(0, 1), batch.answers.flatten())
+def loss_of(logits: Tensor, batch: data.Batch) -> Tensor:
+    """Mean negative log-likelihood of the answers, nats, by logits ``[B, Q, V]``."""
+    return cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+
+
+def recall_of(logits: Tensor, batch: data.Batch) -> Tensor:
+    """Share of answers that are the likeliest token, by logits ``[B, Q, V]``."""
+    return (logits.argmax(-1) == batch.answers).float().mean()
 
 
 @torch.no_grad()
 def accuracy(model: Any, batch: data.Batch) -> float:
-    """Share of answers that are the likeliest token."""
-    return float((logits_of_answers(model, batch).argmax(-1) == batch.answers).float().mean())
+    """Share of answers that are the model's likeliest token."""
+    return float(recall_of(logits_of_answers(model, batch), batch))
 
 
 def lengths_of(stage: Stage, longest: int) -> list[int]:
@@ -147,7 +152,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             group["lr"] = options.rate * rate_at(spent)
         batch = lesson(STAGES[stage], options, pick, generator)
         logits = logits_of_answers(model, batch).float()
-        value = cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+        value = loss_of(logits, batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,8 +161,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         else:
             skipped += 1
         loss, tokens, steps = value.detach(), tokens + batch.tokens.numel(), steps + 1
-        right = (logits.detach().argmax(-1) == batch.answers).float().mean()
-        recent = MEMORY * recent + (1 - MEMORY) * right
+        recent = MEMORY * recent + (1 - MEMORY) * recall_of(logits, batch)
         if stage + 1 < len(STAGES) and (spent > STAGES[stage].until or (steps % 20 == 0 and float(recent) > PASS)):
             reached = {"stage": stage, "recall": round(float(recent), 4)}
             passed.append({**reached, "steps": steps, "tokens": tokens, "seconds": seconds()})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from argus.engine import LayerCache
 from argus.errors import ConfigError
-from argus.tasks import perplexity
+from argus.tasks import generate, perplexity
+from argus.tasks.fidelity import stage_rows
+from argus.tasks.generate import Generate, GenerateConfig
 from argus.tasks.perplexity import Perplexity, PerplexityConfig, window, written
 from argus.tasks.repetition import Repetition, RepetitionConfig, loop
 from argus.tasks.steps import Clock, feed, mean_memory, passage, sampler
+from tests.conftest import tokens
 
 
 def logits_of(run, kind, ids, context: int) -> torch.Tensor:
@@ -182,6 +187,31 @@ def test_drawn_texts_depend_on_the_seed_and_on_nothing_else(run):
     greedy = next(iter(Repetition(config.model_copy(update={"temperature": 0.0})).run(run)))["texts"]
     assert first == again
     assert len({tuple(texts) for texts in (first, other, greedy)}) == 3
+
+
+def test_letters_of_several_tokens_are_shown_whole(run, monkeypatch):
+    text = "ağaç, 木 and ☃."
+    ids, shown = run.tokenizer(text).input_ids, []
+    assert len(ids) > len(text)
+    rows = iter([*torch.nn.functional.one_hot(torch.tensor(ids), len(run.tokenizer)).float(), torch.zeros(len(run.tokenizer))])
+    monkeypatch.setattr(generate, "feed", lambda *_: next(rows))
+    monkeypatch.setattr(generate, "stop_ids", lambda _: [])
+    one = SimpleNamespace(**vars(run) | {"caches": {"fp16": run.caches["fp16"]}, "show": shown.append})
+    [row] = Generate(GenerateConfig(prompt="a", tokens=len(ids))).run(one)
+    assert "".join(shown) == text + "\n"
+    assert row["text"] == text
+
+
+def test_bits_of_a_stage_are_of_keys_and_values_of_two_sizes(run):
+    layer = LayerCache(replace(run.plan, anchors=()))
+    layer.write(tokens(1, 80)[0], tokens(2, 80, dim=16)[1])
+    layer.age()
+    keys, values = layer.read(range(len(layer.where)))
+    held = SimpleNamespace(
+        plan=layer.plan, layers=[SimpleNamespace(engine=layer)], tensors=layer.tensors, get_seq_length=lambda: layer.length
+    )
+    [row] = stage_rows("argus", held, SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values)]))
+    assert row["bits_per_value"] == 8 * row["bytes"] / (keys.numel() + values.numel())
 
 
 def test_a_sampler_draws_as_often_as_the_model_says():
