@@ -251,8 +251,9 @@ class Window:
         parts = self.parts()
         if parts[0][0].shape[2] >= tokens:
             return parts[0][0][:, :, :tokens], parts[0][1][:, :, :tokens]
-        wide, rest = parts[1][0].dtype, tokens - parts[0][0].shape[2]
-        keys, values = (torch.cat([parts[0][i].to(wide), parts[1][i][:, :, :rest]], 2) for i in (0, 1))
+        rest = tokens - parts[0][0].shape[2]
+        # Of two dtypes torch.cat takes the one that holds both.
+        keys, values = (torch.cat([parts[0][i], parts[1][i][:, :, :rest]], 2) for i in (0, 1))
         return keys, values
 
     def drop(self, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
@@ -133,6 +134,18 @@ def test_a_settled_window_owns_its_memory():
     keys.zero_()
     values.zero_()
     assert all(torch.equal(a, b) for part in [window.parts()[0]] for a, b in zip(part, kept, strict=True))
+
+
+@pytest.mark.parametrize("held", [torch.float16, torch.float32])
+def test_a_page_of_two_dtypes_loses_nothing(held):
+    """Tokens that came back to the window are no numbers of the model's dtype."""
+    window = Window(held)
+    before, after = tokens(1, 5), tuple(x.bfloat16() for x in tokens(2, 20))
+    window.append(*before)
+    window.settle()
+    window.append(*after)
+    for x, kept, came in zip(window.first(8), before, after, strict=True):
+        assert torch.equal(x.float(), torch.cat([kept, came[:, :, :3].float()], 2))
 
 
 def chosen(seed: int, shape: tuple[int, ...], share: float) -> Tensor:

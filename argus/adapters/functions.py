@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from argus.adapters.layer import ArgusLayer
+from argus.adapters.layer import ArgusLayer, is_causal
 from argus.attention import DensePart, Part, Query, SinkPart, answer_bounded
 from argus.errors import ModelError
 
@@ -30,10 +30,10 @@ def argus_attention(
     """
     if isinstance(key, ArgusLayer):
         return key.attend(module, query, attention_mask, scaling, **kwargs), None
-    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    softcap, sinks, causal = kwargs.pop("softcap", None), kwargs.pop("s_aux", None), is_causal(module, kwargs)
     if softcap is None and sinks is None:
         steps, held = query.shape[2], key.shape[2]
-        if attention_mask is None and 1 < steps < held and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        if attention_mask is None and 1 < steps < held and causal:
             # argus_mask leaves causal masks out, but SDPA aligns its own to the first key, not to the last.
             attention_mask = torch.ones(steps, held, dtype=torch.bool, device=key.device).tril(held - steps)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -44,7 +44,8 @@ def argus_attention(
     start = key.shape[2] - steps
     asked = Query.of(query, key.shape[1], scaling or dim**-0.5, start, attention_mask, softcap)
     positions = torch.arange(key.shape[2], device=key.device)
-    parts: list[Part] = [DensePart(key, value, lambda query: query.visible(positions, key.shape[2] - 1))]
+    seen = attention_mask is None and not causal
+    parts: list[Part] = [DensePart(key, value, lambda query: None if seen else query.visible(positions, key.shape[2] - 1))]
     if sinks is not None:
         parts.append(SinkPart(sinks))
     out = answer_bounded(asked, parts).out.view(batch, heads, steps, -1).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,6 +33,12 @@ def length_after(tokens_to_remove: int, held: int) -> int:
 def module_groups(module: Any) -> int:
     """Query heads a key-value head."""
     return int(getattr(module, "num_key_value_groups", 1))
+
+
+def is_causal(module: Any, options: Mapping[str, Any]) -> bool:
+    """Whether queries without a mask see no later tokens: as an attention function is told, or its module says."""
+    told = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
 def chosen(indices: Any, batch: int) -> Tensor:
@@ -101,6 +108,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         length, steps = self.engine.length, query.shape[2]
         if self.engine.window.place is not None:
             mask = self.engine.window.place.masks.get(self.engine.reach)
+        if mask is None and steps > 1 and not is_causal(module, options):
+            mask = torch.ones(1, 1, steps, length, dtype=torch.bool, device=query.device)
         plain = softcap is None and sinks is None and (mask is not None or steps in (1, length))
         parts = self.engine.window.parts()
         if plain and not self.engine.where and len(parts) == 1:

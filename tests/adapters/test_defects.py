@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from argus import ArgusCache, patch_model_with_argus, unpatch
+from argus.adapters.functions import argus_attention
 from argus.adapters.graphs import alone
 from argus.adapters.transcript import Transcript
 from argus.errors import ArgusError, ModelError, RangeError
+from tests.conftest import dense_attention
 from tests.models import SMALL, tiny
 
 EXACT = ["tiers=exact", "tiers.page_size=4", "tiers.window=4", "tiers.dtype=float32"]
@@ -273,3 +276,29 @@ def test_pages_of_inference_mode_are_left_where_nothing_is_in_the_window() -> No
         for place in range(96, 140):
             model(x[:, place : place + 1], past_key_values=cache)
     assert cache.get_seq_length() == 140
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_encoder_sees_what_comes_later(decoder: bool) -> None:
+    """BERT and its kin are loaded as causal models, but see both ways where their config does not call them decoders."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**SMALL, is_decoder=decoder)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    other = copy.deepcopy(model)
+    cache, usual = ArgusCache(model, EXACT), DynamicCache()
+    for part in ids(20).split([14, 5, 1], 1):
+        found, want = model(part, past_key_values=cache).logits, other(part, past_key_values=usual).logits
+        torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_attention_that_is_not_causal(softcap: float | None) -> None:
+    q, k, v = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    module = SimpleNamespace(is_causal=False, num_key_value_groups=1)
+    found, _ = argus_attention(module, q, k, v, None, softcap=softcap)
+    want = dense_attention(q, k, v, 8**-0.5, torch.ones(6, 6, dtype=torch.bool), softcap)
+    torch.testing.assert_close(found.transpose(1, 2), want.float())

@@ -25,7 +25,10 @@ from argus.attention import Query
 from argus.backends.base import Affine, Dense, Float8, Plain, Segment
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton import launch, tuning
+from argus.build import build
+from argus.engine import LayerCache
 from argus.exact import to_eight
+from tests.conftest import config
 
 PAIRS = [
     ("plain", "plain"),
@@ -187,6 +190,8 @@ def test_what_can_be_recorded(dim: int, dtype: torch.dtype, known: bool) -> None
     keys.is_cuda = False
     assert not case.backend.recordable(case.segments, window)
     keys.is_cuda = True
+    other = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(2, 2, 9, dim + 16))
+    assert not case.backend.recordable(case.segments, SimpleNamespace(keys=keys, values=other, scales=None))
     case.segments = spiked(case.segments)
     assert case.backend.recordable(case.segments, window) == known
     case.segments[0] = replace(case.segments[0], key_tier=SimpleNamespace(form=lambda role: None))
@@ -241,6 +246,33 @@ def test_what_no_kernel_reads_is_decoded() -> None:
     case.check()
     long = Case(FORMS["int4"], FORMS["int2-token"], steps=9)
     long.check()
+
+
+def check_layer(tier: str, options: dict[str, object], dims: tuple[int, int], steps: int) -> None:
+    """A layer of one stage, keys and values of these head_dims, against the CPU backend on the same pages."""
+    chosen = config((tier,), options={tier: options}, page_size=16, dtype="float16", anchors={"sinks": {}})
+    layer = LayerCache(build(chosen.model_copy(update={"backend": "triton"}), dims[0], torch.float16, DEVICE))
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(1, 2, 70, dim, generator=generator).half().to(DEVICE) for dim in dims)
+    layer.write(keys, values)
+    layer.age()
+    query = Query.of(torch.randn(1, 4, steps, dims[0], generator=generator).to(DEVICE), 2, 0.2, 70 - steps)
+    found = layer.attend(query)
+    want = CpuBackend().attend(query, layer.segments(), layer.dense())
+    assert found.shape == want.shape
+    assert float((found - want).norm() / want.norm()) <= BOUND
+
+
+@pytest.mark.parametrize("tier", ["fp16", "int4"])
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("dims", [(32, 16), (16, 32)])
+def test_values_of_another_head_dim(dims: tuple[int, int], steps: int, tier: str) -> None:
+    check_layer(tier, {}, dims, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_an_archive_of_an_archive(steps: int) -> None:
+    check_layer("jl", {"ratio": 2, "coefficients": {"tier": "jl", "ratio": 4}}, (32, 32), steps)
 
 
 def test_compiling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -338,6 +338,8 @@ def test_a_mask_is_surveyed_once() -> None:
     assert sights.of(replace(query, mask=others[1])) == Sight(0, 8, 0, 6)
     assert sights.of(replace(query, mask=others[0])) is second
     assert sights.of(query) is not first
+    mask[..., :4] = False
+    assert sights.of(query) == Sight(4, 9, 4, 9)
 
 
 def test_sight_cuts_consecutive_tokens() -> None:

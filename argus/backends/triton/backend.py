@@ -115,6 +115,8 @@ class TritonBackend(CpuBackend):
         return [*self.tables.tensors(), *self.weights.tensors()]
 
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
+        if any(part.keys.shape[-1] != part.values.shape[-1] for part in dense):  # Kernels know one head_dim.
+            return super().attend(query, segments, dense, sinks)
         if query.length > DECODE or query.rows.shape[2] > ROWS:
             return self._attend_chunk(query, segments, dense, sinks)
         from argus.backends.triton import launch
@@ -136,7 +138,8 @@ class TritonBackend(CpuBackend):
     def recordable(self, segments: Sequence[Segment], window: Dense) -> bool:
         from argus.backends.triton import launch
 
-        whole = window.keys.is_cuda and window.keys.dtype == window.values.dtype and window.scales is None
+        alike = window.keys.dtype == window.values.dtype and window.keys.shape[-1] == window.values.shape[-1]
+        whole = window.keys.is_cuda and alike and window.scales is None
         return whole and launch.in_halves(window.keys.dtype, window.keys.shape[-1]) and not self.tables.of(segments).others
 
     def _tell(self, kind: tuple[object, ...], what: str) -> None:

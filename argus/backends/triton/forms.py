@@ -20,7 +20,8 @@ def known(form: object, payload: Payload) -> bool:
     if not all(tensor[:1].is_contiguous() for tensor in payload.values()):
         return False
     if isinstance(form, Projected):
-        return payload["mean"].dtype == torch.float16 and not isinstance(form.inner, Loaded) and known(form.inner, payload)
+        inner = isinstance(form.inner, (Affine, Float8, Plain)) and known(form.inner, payload)
+        return inner and payload["mean"].dtype == torch.float16
     if isinstance(form, Plain):
         return payload["codes"].dtype in ELEMENTS
     return isinstance(form, (Affine, Float8, Loaded))

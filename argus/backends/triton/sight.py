@@ -64,7 +64,7 @@ class Sights:
     """The sight of a call; a mask that layers of a model share is surveyed once."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref[Tensor], Sight]] = []
+        self._kept: list[tuple[weakref.ref[Tensor], int, Sight]] = []
 
     def of(self, query: Query) -> Sight:
         """The sight of `query`'s rows."""
@@ -72,8 +72,10 @@ class Sights:
             return Sight(0, query.start + query.length - 1, 0, query.start)
         if query.mask.is_cuda and torch.cuda.is_current_stream_capturing():
             return Sight(0, sys.maxsize, 0, -1)
-        for mask, sight in self._kept:
-            if mask() is query.mask:
+        # Who writes to a mask may ask with it again; writes in inference mode are not counted.
+        written = 0 if query.mask.is_inference() else query.mask._version
+        for mask, version, sight in self._kept:
+            if mask() is query.mask and version == written:
                 return sight
-        self._kept = [*self._kept[1 - KINDS :], (weakref.ref(query.mask), survey(query.mask))]
-        return self._kept[-1][1]
+        self._kept = [*self._kept[1 - KINDS :], (weakref.ref(query.mask), written, survey(query.mask))]
+        return self._kept[-1][2]
