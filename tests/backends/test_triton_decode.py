@@ -164,7 +164,7 @@ def test_anchors_in_eight_bits(dim: int, steps: int) -> None:
 )
 def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch.dtype) -> None:
     """A window with room: what lies beyond the tokens counted is not read, whatever it is."""
-    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, window=held - 1, dtype=dtype)
+    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, window=held - 1, dtype=dtype, counts=(1,), batch=1)
     part = case.dense[0]
     wide = [torch.nn.functional.pad(x, (0, 0, 0, 50 - held), value=float("nan")) for x in (part.keys, part.values)]
     count = torch.tensor([held], dtype=torch.int32, device=DEVICE)

@@ -49,7 +49,7 @@ def check(case: Case, query: Query | None = None, bound: float = BOUND) -> None:
 
 
 def spiky(key: str, value: str, share: float = 0.02, roles: tuple[str, ...] = ("keys", "values"), **options: Any) -> Case:
-    case = Case(FORMS[key], FORMS[value], **options)
+    case = Case(FORMS[key], FORMS[value], **{"counts": (1, 1)} | options)
     case.segments = spiked(case.segments, share, roles)
     return case
 
@@ -106,14 +106,14 @@ def test_exact_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal", "softcap"])
 def test_masks_and_caps(kind: str) -> None:
-    case = spiky("int4", "int2-token", steps=2, exact=True)
+    case = spiky("int4", "int2-token", steps=2, exact=True, counts=(2, 1))
     q, mask = case.query, torch.rand(2, 1, 2, case.length, generator=case.generator).to(DEVICE)
     mask = mask > 0.3 if kind == "boolean" else mask * 4 if kind == "additive" else None
     check(case, Query(q.rows, 200 if kind == "causal" else q.start, 2, mask, 5.0 if kind == "softcap" else None))
 
 
 def test_pages_that_are_forgotten() -> None:
-    case = Case(FORMS["int4"], FORMS["int4-token"], counts=(2, 3))
+    case = Case(FORMS["int4"], FORMS["int4-token"], counts=(2, 1), batch=1)
     case.segments = spiked(case.segments, first=2)
     assert case.segments[0].outliers["keys"].first == 2
     check(case)
@@ -123,9 +123,9 @@ def test_pages_that_are_forgotten() -> None:
 def test_projected_pages(inner: str, ratio: int) -> None:
     case = Case(Plain(), Plain())
     tiers = [KeptProjection(case.backend, FORMS[inner], ratio == 16, ratio) for _ in range(2)]
-    keys, values = (tier.encode(case.random(5, 2, 2, 64, 64)) for tier in tiers)
-    positions = torch.arange(5, device=DEVICE) * 64
-    case.segments = spiked([Segment(*tiers, keys, values, positions, 5 * 64 - 1, 64)])
+    keys, values = (tier.encode(case.random(3, 2, 2, 64, 64)) for tier in tiers)
+    positions = torch.arange(3, device=DEVICE) * 64
+    case.segments = spiked([Segment(*tiers, keys, values, positions, 3 * 64 - 1, 64)])
     check(case)
 
 
