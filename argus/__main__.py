@@ -17,7 +17,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from argus.errors import LOG, ArgusError
+from argus.errors import ERROR_LOG, ArgusError
 
 FAILED = 2
 """Exit code of a run that ends in one clear line."""
@@ -66,7 +66,7 @@ class one_line:  # noqa: N801
 
     def __enter__(self) -> None:
         if self.folder is not None:
-            (self.folder / LOG).unlink(missing_ok=True)
+            (self.folder / ERROR_LOG).unlink(missing_ok=True)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         unusable = isinstance(error, OSError) and error.filename is not None and self.folder is None
@@ -76,11 +76,11 @@ class one_line:  # noqa: N801
             print(f"argus: {line}", file=sys.stderr, flush=True)
             if self.folder is None:
                 raise SystemExit(FAILED) from error
-            (self.folder / LOG).write_text(f"{line}\n", encoding="utf-8")
+            (self.folder / ERROR_LOG).write_text(f"{line}\n", encoding="utf-8")
             return True
         if self.folder is None or not isinstance(error, Exception):
             return False
-        path = self.folder / LOG
+        path = self.folder / ERROR_LOG
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         said = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"argus: {said}; traceback in {path}", file=sys.stderr, flush=True)

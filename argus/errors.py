@@ -1,6 +1,6 @@
 """The errors that ARGUS raises, each one clear line."""
 
-LOG = "error.log"
+ERROR_LOG = "error.log"
 """What the folder of a run of a sweep that failed holds: its line, or the traceback of what ARGUS does not raise on purpose."""
 
 

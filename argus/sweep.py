@@ -20,7 +20,7 @@ from rich.table import Table
 
 from argus.commandline import HYDRA
 from argus.config import RunConfig
-from argus.errors import LOG, ArgusError
+from argus.errors import ERROR_LOG, ArgusError
 from argus.pictures import draw_pareto
 from argus.report import NAME, SCHEMA, Column, figure, head, number, own_figures, plain, terminal
 
@@ -114,7 +114,7 @@ def naming(run: Path) -> str:
 
 def result_of(run: Path) -> dict[str, Any] | None:
     """The report of a run of a sweep; None where the run failed: what lies in its folder then is of another run."""
-    return None if (run / LOG).exists() else report_of(run)
+    return None if (run / ERROR_LOG).exists() else report_of(run)
 
 
 def runs_of(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,18 @@ def tokens(seed: int, steps: int, batch: int = 1, heads: int = HEADS, dim: int =
     generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, batch, heads, steps, dim, generator=generator, dtype=torch.float32).half().float()
     return keys, values
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """PyTorch with another default dtype, and a default device on which nothing can be computed."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def queries(seed: int, steps: int, batch: int = 1, heads: int = HEADS * GROUPS, dim: int = DIM) -> Tensor:

@@ -25,6 +25,7 @@ from tests.conftest import (
     dense_attention,
     grow,
     make_layer,
+    other_defaults,
     queries,
     tokens,
 )
@@ -66,13 +67,8 @@ def test_defaults_of_torch_change_nothing(ladder: str) -> None:
         return ask(layer, asked[torch.tensor([1, 0, 1], device="cpu")])
 
     wanted = life()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            found = life()
-    finally:
-        torch.set_default_dtype(before)
+    with other_defaults():
+        found = life()
     assert torch.equal(found, wanted)
 
 

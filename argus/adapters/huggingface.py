@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from argus.adapters.activation import activate
 from argus.adapters.functions import NAME
 from argus.adapters.graphs import Recorder, Steps
-from argus.adapters.layer import ArgusLayer, chosen, length_after
+from argus.adapters.layer import ArgusLayer, chosen, length_after, repeated
 from argus.adapters.models import attention, facts
 from argus.adapters.transcript import Transcript
 from argus.budget import Shape, meet
@@ -163,7 +162,7 @@ class ArgusCache(Cache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layers[0].batch_size
         super().batch_repeat_interleave(repeats)
-        self.transcript.select(torch.arange(rows, device="cpu").repeat_interleave(repeats))
+        self.transcript.select(repeated(rows, repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = chosen(indices, self.layers[0].batch_size)

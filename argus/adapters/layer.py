@@ -46,6 +46,11 @@ def chosen(indices: Any, batch: int) -> Tensor:
     return torch.arange(batch, device="cpu")[indices.cpu() if isinstance(indices, Tensor) else indices]
 
 
+def repeated(batch: int, repeats: int) -> Tensor:
+    """Rows of a batch (int64), each so many times."""
+    return torch.arange(batch, device="cpu").repeat_interleave(repeats)
+
+
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's cache: ``update`` returns the layer itself, and the attention function asks it."""
 
@@ -157,7 +162,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
+        self._select(repeated(self.batch_size, repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(chosen(indices, self.batch_size))

@@ -27,6 +27,7 @@ from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
 from argus.engine import LayerCache  # noqa: E402
 from tests.backends.decoding import BOUND, DEVICE, FORMS, Case, KeptProjection, spiked  # noqa: E402
+from tests.conftest import other_defaults  # noqa: E402
 
 INT4 = (Affine(4, "channel"), Affine(4, "token"))
 
@@ -357,11 +358,6 @@ def test_defaults_of_torch_change_nothing(steps: int) -> None:
     mask[0, :, :, :9] = False
     query = Query(case.query.rows, case.query.start, steps, mask=mask)
     wanted = TritonBackend().attend(query, case.segments, case.dense)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            found = TritonBackend().attend(query, case.segments, case.dense)
-    finally:
-        torch.set_default_dtype(before)
+    with other_defaults():
+        found = TritonBackend().attend(query, case.segments, case.dense)
     assert torch.equal(found, wanted)

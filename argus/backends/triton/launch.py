@@ -132,7 +132,7 @@ def apart(query: Query, part: Run | Dense) -> tuple[Run | Dense, ...]:
     are decoded where no kernel reads them.
     """
     if isinstance(part, Dense):
-        if part.scales is None or in_sixteens(query.rows.shape[-1]):
+        if part.scales is None or layout.in_sixteens(query.rows.shape[-1]):
             return (part,)
         return (replace(part, keys=part.numbers("keys"), values=part.numbers("values"), scales=None),)
     return part.members if part.members and not past(query, part) else (part,)
@@ -206,20 +206,15 @@ def in_codes(query: Query, run: Run) -> bool:
     )
 
 
-def in_sixteens(dim: int) -> bool:
-    """Whether 16-bit tensor cores take tokens of so many channels."""
-    return dim % 16 == 0 and dim >= 32
-
-
 def in_halves(dtype: torch.dtype, dim: int) -> bool:
-    """Whether they take tokens of this kind as they are."""
-    return dtype in (torch.float16, torch.bfloat16) and in_sixteens(dim)
+    """Whether 16-bit tensor cores take tokens of this kind as they are."""
+    return dtype in (torch.float16, torch.bfloat16) and layout.in_sixteens(dim)
 
 
 def in_pages(run: Run, dim: int, unit: int) -> bool:
     """Whether 16-bit tensor cores answer for `run`, taking so many tokens at once."""
     forms = (run.key_form, run.value_form)
-    if run.page % unit or not in_sixteens(dim) or (dim % 64 and any(run.outlying)):
+    if run.page % unit or not layout.in_sixteens(dim) or (dim % 64 and any(run.outlying)):
         return False
     if all(isinstance(form, Float8) for form in forms):
         return all(_group(form, run.page, dim) % (8 if form.axis == "token" else unit) == 0 for form in forms)

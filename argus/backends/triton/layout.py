@@ -30,9 +30,14 @@ BLOCK = 64
 LANES = 32
 
 
+def in_sixteens(dim: int) -> bool:
+    """Whether tensor cores take tokens of so many channels."""
+    return dim % 16 == 0 and dim >= 32
+
+
 def in_fragments(page: int, dim: int) -> bool:
     """Whether pages of this shape are kept in fragment order."""
-    return page % BLOCK == 0 and dim % 16 == 0 and dim >= 32
+    return page % BLOCK == 0 and in_sixteens(dim)
 
 
 def vector(words: int) -> int:

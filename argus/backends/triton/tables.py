@@ -14,7 +14,7 @@ from argus.backends.base import ROLES, Affine, Loaded, Payload, Projected, Segme
 from argus.backends.rows import ExactRows
 from argus.backends.triton.forms import booked, known, own
 from argus.backends.triton.fragments import fragments
-from argus.backends.triton.layout import BLOCK
+from argus.backends.triton.layout import BLOCK, in_sixteens
 from argus.backends.triton.tuning import FEW_PAGES
 
 FIELDS = 10
@@ -91,7 +91,7 @@ def in_projection(form: object, payload: Payload, page: int) -> bool:
         return False
     inner, dim = form.inner, payload["mean"].shape[-1]
     known = isinstance(inner, Affine) and inner == Affine(4, "token", inner.group) and inner.group in (None, dim)
-    return known and page == 64 and form.ratio in (4, 8, 16) and dim % 16 == 0 and dim >= 32
+    return known and page == 64 and form.ratio in (4, 8, 16) and in_sixteens(dim)
 
 
 def readable(segment: Segment) -> bool:
