@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concate
             return method(layer, *args, **kwargs)
 
     return call
+
+
+class Held(NamedTuple):
+    """What a recorded step of one layer reads: segments, the window's buffer, and the keys that anchors chose."""
+
+    segments: list[Segment]
+    window: tuple[Tensor, Tensor] | None
+    anchored: Tensor | None
 
 
 class LayerCache:
@@ -136,10 +144,15 @@ class LayerCache:
         """Copy what is written in place, since what was made in inference mode may not be outside of it."""
         if torch.is_inference_mode_enabled():
             return
-        written = (*self.window.tensors(), *(next(iter(slab.values())) for pool in self.pools for slab in pool.slabs))
+        written = (
+            *self.window.tensors(),
+            *self.exact.tensors(),
+            *(next(iter(slab.values())) for pool in self.pools for slab in pool.slabs),
+        )
         if not any(tensor.is_inference() for tensor in written):
             return
         self.window.map(torch.Tensor.clone)
+        self.exact.map(torch.Tensor.clone)
         for pool in self.pools:
             pool.map(torch.Tensor.clone)
         self.blocks.renew(self.pools, self.outliers)
@@ -192,12 +205,21 @@ class LayerCache:
         return self.plan.backend.recordable(self.segments(), self.dense()[0])
 
     def reserve(self) -> None:
-        """Have room in the window for all tokens until pages move."""
+        """Have room for all tokens until pages move, and where they go then, as far as may be."""
         self.window.reserve(self.plan.most)
+        self.exact.reserve()
+        self.plan.backend.reserve(self.segments())
 
-    def held(self) -> tuple[object, ...]:
-        """What a recorded step reads: the same objects as long as it may be replayed."""
-        return (self.segments(), self.window.buffer, self.exact.keys)
+    def held(self) -> Held:
+        """What a step that is recorded now reads."""
+        return Held(self.segments(), self.window.buffer, self.exact.keys)
+
+    def follow(self, before: Held) -> bool:
+        """Whether a step that was recorded when `before` was held reads what is held now, pages that have moved since too."""
+        now = self.held()
+        if now.window is not before.window or now.anchored is not before.anchored:
+            return False
+        return now.segments is before.segments or self.plan.backend.follow(before.segments, now.segments)
 
     def segments(self) -> list[Segment]:
         """The pages of every stage, in bounded blocks."""

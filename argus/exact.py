@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from argus.errors import ArgusError
 
 EMPTY = -1
 """Position of a place that holds no token: heads and rows may keep different numbers of tokens."""
+ROOM = 8
+"""Places a row and head that there is room for, at least, where a step is recorded."""
 MOST = (1 << 31) - 1
 """Outliers that one layer keeps of keys, or of values."""
 
@@ -33,11 +35,14 @@ class ExactTokens:
     ----------
     holes : bool
         Whether any place is empty.
+    used : int
+        The first places a row and head, beyond which all are empty.
     """
 
     def __init__(self, dtype: torch.dtype, eight: bool = False) -> None:
         self.dtype, self.eight = dtype, eight
         self.holes = False
+        self.used = 0
         self._held: tuple[Tensor, ...] = ()
 
     @property
@@ -100,8 +105,34 @@ class ExactTokens:
             new: tuple[Tensor, ...] = (key_codes, value_codes, positions, key_scale, value_scale)
         else:
             new = (*(x.to(self.dtype) for x in chosen), positions)
-        self._held = tuple(torch.cat(pair, 2) for pair in zip(self._held, new, strict=True)) if self._held else new
+        self._write(new)
         self.holes = self.holes or bool(empty.any())
+
+    def _write(self, new: tuple[Tensor, ...]) -> None:
+        """Take more places, those that there is room for or new ones."""
+        end = self.used + new[0].shape[2]
+        if not self._held:
+            self._held = new
+        elif end > self.width:
+            self._held = tuple(torch.cat((held[:, :, : self.used], x), 2) for held, x in zip(self._held, new, strict=True))
+        else:
+            for held, x in zip(self._held, new, strict=True):
+                held[:, :, self.used : end] = x
+        self.used = end
+        self.holes = self.holes or end < self.width
+
+    def reserve(self) -> None:
+        """Have room for an eighth more places, which are empty."""
+        if not self._held:
+            return
+        room = self.used + max(ROOM, self.used // 8) - self.width
+        if room > 0:
+            pads = [(0, 0, 0, room), (0, 0, 0, room), *[(0, room)] * 3]
+            fills = (0, 0, EMPTY, 0, 0)
+            self._held = tuple(
+                torch.nn.functional.pad(x, pad, value=fill) for x, pad, fill in zip(self._held, pads, fills, strict=False)
+            )
+            self.holes = True
 
     def crop(self, length: int) -> None:
         """Forget tokens from position `length` on."""
@@ -118,11 +149,16 @@ class ExactTokens:
         used = (positions != EMPTY).flatten(0, 1).any(0)
         held = (*self._held[:2], positions, *self._held[3:])
         self._held = tuple(x[:, :, used] for x in held) if bool(used.any()) else ()
+        self.used = self.width
         self.holes = self.positions is not None and bool((self.positions == EMPTY).any())
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by `rows` of it."""
-        self._held = tuple(x.index_select(0, rows) for x in self._held)
+        self.map(lambda x: x.index_select(0, rows))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor held."""
+        self._held = tuple(map(change, self._held))
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write the tokens kept into dense ``[B, H, T, D]`` keys and values of positions `start` on, in place."""

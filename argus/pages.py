@@ -183,6 +183,8 @@ class Window:
         Position of the first token held.
     buffer, fresh : tuple of Tensor or None
         Keys and values ``[B, H, T, D]``: those of `used` tokens and room for more; and those that came after them.
+    reserved : bool
+        Whether the buffer stays where it is as long as what is held fits it, since a recorded step writes to it.
     place : Place or None
         Where to write the token that :meth:`advance` has counted, while a step is recorded.
     """
@@ -193,6 +195,7 @@ class Window:
         self.used = 0
         self.buffer: tuple[Tensor, Tensor] | None = None
         self.fresh: tuple[Tensor, Tensor] | None = None
+        self.reserved = False
         self.place: Place | None = None
 
     def __len__(self) -> int:
@@ -219,8 +222,9 @@ class Window:
             self.used += steps
 
     def reserve(self, tokens: int) -> None:
-        """Have a buffer with room for so many tokens in all."""
+        """Have a buffer with room for so many tokens in all, which stays where it is as long as they fit it."""
         self.settle()
+        self.reserved = True
         if self.buffer is not None and self.buffer[0].shape[2] < tokens:
             wide = [torch.nn.functional.pad(kept, (0, 0, 0, tokens - kept.shape[2])) for kept in self.buffer]
             self.buffer = (wide[0], wide[1])
@@ -268,6 +272,7 @@ class Window:
         """Hold nothing; the next token has position `start`."""
         self.start, self.used = start, 0
         self.buffer = self.fresh = None
+        self.reserved = False
 
     def _keep(self, begin: int, end: int) -> None:
         """Hold tokens `begin` to `end` only, as a view where they fit no buffer."""
@@ -285,11 +290,14 @@ class Window:
         if begin == 0 and len(kept) == 1 and self.used and self.fresh is None:
             self.used = end
             return
-        if len(kept) == 1 or self.buffer is None:
+        if self.buffer is None or (len(kept) == 1 and not self.reserved):
             self.buffer, self.used, self.fresh = None, 0, kept[0]
             return
         # What is left in the buffer moves to its front; what came after it stays as it came.
-        self.used, self.fresh = kept[0][0].shape[2], kept[1]
+        if begin >= self.used:
+            self.used, self.fresh = 0, kept[0]
+            return
+        self.used, self.fresh = kept[0][0].shape[2], kept[1] if len(kept) == 2 else None
         for whole, left in zip(self.buffer, kept[0], strict=True):
             whole[:, :, : self.used] = left.clone()
 
@@ -298,6 +306,11 @@ class Window:
         if self.fresh is None:
             return
         tokens = len(self)
+        if self.reserved and self.buffer is not None and tokens <= self.buffer[0].shape[2]:
+            for kept, new in zip(self.buffer, self.fresh, strict=True):
+                kept[:, :, self.used : tokens] = new
+            self.fresh, self.used = None, tokens
+            return
         batch, heads = self.fresh[0].shape[:2]
         size = -(-tokens // WINDOW_STEP) * WINDOW_STEP
         parts = self.parts()
@@ -310,7 +323,7 @@ class Window:
                 buffer[:, :, filled : filled + steps] = part[i]
                 filled += steps
             buffers.append(buffer)
-        self.buffer, self.fresh, self.used = (buffers[0], buffers[1]), None, tokens
+        self.buffer, self.fresh, self.used, self.reserved = (buffers[0], buffers[1]), None, tokens, False
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to every tensor held."""

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: while no page moves, a step of one token is recorded once and replayed.
+"""Decode steps as CUDA graphs: a step of one token is recorded once and replayed.
 
-A step's kernels read pages where they lie, so they stay right as long as pages do; all that changes from step to step is the
-token, its position, and its place in the window, which kernels find on the device. Launching them one by one from Python takes
-longer than they take.
+A step's kernels read pages where tables on the device say that they lie; all else that changes from step to step is the token,
+its position, and its place in the window, which kernels find there too. Launching them one by one from Python takes longer than
+they take.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argus.engine import LayerCache
+from argus.engine import Held, LayerCache
 from argus.errors import NotCompiledError
 from argus.pages import Place
 
@@ -119,6 +119,11 @@ def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
     return True
 
 
+def hiding(layers: Sequence[LayerCache]) -> set[int | None]:
+    """The reaches of layers where some token is out of reach before pages move again."""
+    return {layer.reach for layer in layers if layer.reach is not None and layer.reach < layer.length + layer.room}
+
+
 def alone(model: Any, forward: Callable[..., Any]) -> bool:
     """Whether all that a step does is in its kernels: positions are told, and nothing of others' runs inside, as hooks do.
 
@@ -162,7 +167,8 @@ class Recorder:
 
 
 class Steps:
-    """The decode step of one cache: taken as usual first, recorded, replayed until pages move, and then recorded anew.
+    """The decode step of one cache: taken as usual first, recorded, replayed, and recorded anew where pages that have moved
+    cannot be told to what was recorded.
 
     Attributes
     ----------
@@ -189,7 +195,7 @@ class Steps:
         self.inputs: dict[str, Any] = {}
         self.padded = False
         self.place: Place | None = None
-        self.held: list[tuple[object, ...]] = []
+        self.held: list[Held] = []
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
@@ -263,11 +269,19 @@ class Steps:
         return self.place is None or torch.is_inference_mode_enabled() or not self.place.index.is_inference()
 
     def _stands(self, layers: Sequence[LayerCache]) -> bool:
-        """Whether what was recorded, or is about to be, still lies where it did."""
+        """Whether what was recorded, or is about to be, reads what layers hold: where it did, or where that was told."""
         if len(self.held) != len(layers):
             return False
-        pairs = [zip(layer.held(), held, strict=True) for layer, held in zip(layers, self.held, strict=True)]
-        return all(one is other for pair in pairs for one, other in pair)
+        held = [layer.held() for layer in layers]
+        if all(
+            one is other for now, before in zip(held, self.held, strict=True) for one, other in zip(now, before, strict=True)
+        ):
+            return True
+        if self.graph is None or self.place is None or self.place.masks or hiding(layers):
+            return False
+        follows = all(layer.follow(before) for layer, before in zip(layers, self.held, strict=True))
+        self.held = held
+        return follows
 
     def _begin(
         self,
@@ -287,8 +301,8 @@ class Steps:
         device = inputs["input_ids"].device
         index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
         whole, rows = layers[0].length + layers[0].room, 1 if mask is None else len(mask)
-        hiding = {layer.reach for layer in layers if mask is not None or (layer.reach or whole) < whole}
-        seen = {reach: torch.ones(rows, 1, 1, whole, dtype=torch.bool, device=device) for reach in hiding}
+        masked = hiding(layers) if mask is None else {layer.reach for layer in layers}
+        seen = {reach: torch.ones(rows, 1, 1, whole, dtype=torch.bool, device=device) for reach in masked}
         self.place = Place(index, count, seen)
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         self.padded, self.model = mask is not None, model

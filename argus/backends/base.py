@@ -286,6 +286,14 @@ class Backend(ABC):
         """
         return False
 
+    def reserve(self, segments: Sequence[Segment]) -> None:
+        """Prepare to record :meth:`attend` over `segments`, so that the recording may :meth:`follow` them."""
+        return
+
+    def follow(self, old: Sequence[Segment], new: Sequence[Segment]) -> bool:
+        """Let what was recorded over `old` read `new` from now on; False: it cannot, and must be recorded anew."""
+        return False
+
     @abstractmethod
     def attend(self, query: Query, segments: Sequence[Segment], dense: Sequence[Dense], sinks: Tensor | None = None) -> Tensor:
         """Answer `query` over compressed pages and exact tokens together.

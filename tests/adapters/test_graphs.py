@@ -20,6 +20,7 @@ import transformers
 from argus import ArgusCache, unpatch
 from argus.adapters import graphs
 from argus.backends.cpu import CpuBackend
+from argus.backends.triton.backend import TritonBackend
 from tests.models import SMALL, tiny
 
 CUDA = torch.cuda.is_available()
@@ -78,6 +79,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(graphs, "capture", capture)
     if not CUDA:
         monkeypatch.setattr(CpuBackend, "recordable", lambda self, segments, window: True)
+        monkeypatch.setattr(CpuBackend, "follow", lambda self, old, new: True)
     return told
 
 
@@ -169,6 +171,38 @@ def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace
     assert counts.replayed == 11
 
 
+@pytest.fixture
+def unfollowed(monkeypatch: pytest.MonkeyPatch, counts: SimpleNamespace) -> None:
+    """No recording can be told of pages that moved."""
+    monkeypatch.setattr(TritonBackend if CUDA else CpuBackend, "follow", lambda self, old, new: False)
+
+
+@pytest.mark.parametrize("ladder", ["int4", "ladder", "recency", "slack", "salience"])
+def test_what_was_recorded_is_told_of_pages_that_move(model: Any, counts: SimpleNamespace, ladder: str) -> None:
+    """Anchors find room for a while, and stages are full already."""
+    caches = both(model, LADDERS[ladder], 300)
+    one_by_one(model, caches, ids(4, seed=6))
+    moved = len(caches[0].layers[0].engine.where)
+    one_by_one(model, caches, ids(70, seed=7))
+    turns = len(caches[0].layers[0].engine.where) - moved
+    assert turns
+    assert counts.recorded <= (1 if ladder in ("int4", "recency") else 1 + turns // 2)
+
+
+def test_a_step_before_which_nothing_moved_and_one_after(model: Any, counts: SimpleNamespace) -> None:
+    """The buffers that a recording writes to and reads stay where they are."""
+    [cache, _] = both(model, LADDERS["int4"], 90)
+    feed(model, cache, ids(1, seed=6))
+    engine = cache.layers[1].engine
+    before, places = engine.held(), len(engine.where)
+    for i in range(70):
+        feed(model, cache, ids(1, seed=i))
+    assert len(engine.where) > places
+    assert engine.held().window is before.window
+    assert engine.held().segments is not before.segments
+
+
+@pytest.mark.usefixtures("unfollowed")
 def test_the_first_step_after_pages_moved_is_recorded(model: Any, counts: SimpleNamespace) -> None:
     caches = both(model, LADDERS["int4"], 90)
     recorded = []
@@ -182,6 +216,7 @@ def test_the_first_step_after_pages_moved_is_recorded(model: Any, counts: Simple
     assert counts.replayed == len(recorded) - 1
 
 
+@pytest.mark.usefixtures("unfollowed")
 def test_a_step_that_cannot_be_recorded_yet_is_taken_as_usual(
     model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

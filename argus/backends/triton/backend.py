@@ -121,7 +121,7 @@ class TritonBackend(CpuBackend):
             return self._attend_chunk(query, segments, dense, sinks)
         from argus.backends.triton import launch
 
-        pages = self.tables.of(segments)
+        pages = self.tables.of(segments, recorded=any(part.count is not None for part in dense))
         jobs = launch.plan(query, [*pages.runs, *(part for part in dense if part.keys.shape[2])])
         kind = (query.rows.shape[-1], *((job.share, job.constants) for job in jobs))
         self._tell(kind, f"attention over {len(jobs)} kinds of parts")
@@ -141,6 +141,12 @@ class TritonBackend(CpuBackend):
         alike = window.keys.dtype == window.values.dtype and window.keys.shape[-1] == window.values.shape[-1]
         whole = window.keys.is_cuda and alike and window.scales is None
         return whole and launch.in_halves(window.keys.dtype, window.keys.shape[-1]) and not self.tables.of(segments).others
+
+    def reserve(self, segments: Sequence[Segment]) -> None:
+        self.tables.reserve(segments)
+
+    def follow(self, old: Sequence[Segment], new: Sequence[Segment]) -> bool:
+        return self.tables.follow(old, new)
 
     def _tell(self, kind: tuple[object, ...], what: str) -> None:
         """Log that kernels are about to be compiled, which is when they are first asked for work of this kind."""

@@ -87,7 +87,7 @@ def _finish(out_ptr, lse_ptr, slot, row, ch, m, total, acc, R, D: tl.constexpr):
 ))  # fmt: skip
 def _pages_kernel(
     q_ptr, turned_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, mask_ptr,
-    pages, per_split, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
+    pages, first_slot, slots, heads, R, S, start, mask_batch, mask_head, mask_step, mask_key, lowest, cap,
     k_first, v_first,
     P: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, RB: tl.constexpr, TB: tl.constexpr,
     KKIND: tl.constexpr, KBITS: tl.constexpr, KTOKENS: tl.constexpr, KG: tl.constexpr, KSYMMETRIC: tl.constexpr,
@@ -96,13 +96,15 @@ def _pages_kernel(
     VFRAGMENTS: tl.constexpr, VROWS: tl.constexpr, VTURNED: tl.constexpr, VEXACT: tl.constexpr,
     KELEMENT: tl.constexpr, VELEMENT: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr, CAPPED: tl.constexpr,
     KWIDE: tl.constexpr, VWIDE: tl.constexpr, FIELDS: tl.constexpr, ALIGNED: tl.constexpr,
+    COUNTED: tl.constexpr,
     k_own=None, v_own=None, k_matrix=None, v_matrix=None, k_factor=1.0, v_factor=1.0, k_turn=None, v_turn=None,
     k_kept=None, v_kept=None, KLOAD: tl.constexpr = None, VLOAD: tl.constexpr = None,
 ):  # fmt: skip
     """Answer for a share of the pages of one head, of any forms.
 
-    q_ptr, turned_ptr: queries, and those that meet what is kept of keys. KROWS, VROWS: rows of projected pages, or 0. KEXACT,
-    VEXACT: whether pages have outliers, told by k_kept and v_kept: ends, places and numbers of rows, from page k_first on.
+    q_ptr, turned_ptr: queries, and those that meet what is kept of keys. pages: how many, or, COUNTED, where their number lies.
+    KROWS, VROWS: rows of projected pages, or 0. KEXACT, VEXACT: whether pages have outliers, told by k_kept and v_kept: ends,
+    places and numbers of rows, from page k_first on.
     """
     split = tl.program_id(0)
     inner = tl.program_id(1).to(tl.int64)
@@ -117,7 +119,11 @@ def _pages_kernel(
     total = tl.zeros((RB,), tl.float32)
     acc = tl.zeros((RB, DB), tl.float32)
     TILES: tl.constexpr = (P + TB - 1) // TB
-    end = tl.minimum((split + 1) * per_split, pages)
+    held_pages = pages
+    if COUNTED:
+        held_pages = tl.load(pages)
+    per_split = tl.cdiv(held_pages, tl.num_programs(0))
+    end = tl.minimum((split + 1) * per_split, held_pages)
     for number in range(split * per_split * TILES, end * TILES):
         page = number // TILES
         begin = (number % TILES) * TB

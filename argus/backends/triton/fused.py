@@ -94,8 +94,9 @@ def _decode_kernel(
 ):  # fmt: skip
     """Answer four rows of one head for a share of one of the parts, or of several small ones.
 
-    counts: of each part its first program, its programs a head, its units of work and its first slot, as ``launch.odd`` makes
-    them; side by side, since every program reads them all. jobs: of each part what its share takes, which share that is, and
+    counts: of each part its first program, its programs a head, its first slot and its units of work, as ``launch.odd`` makes
+    them; side by side, since every program reads them all. Of a part with room a page's units, and where the number of pages
+    lies. jobs: of each part what its share takes, which share that is, and
     its constants.
     """
     if EARLY:
@@ -113,10 +114,12 @@ def _decode_kernel(
     for j in tl.static_range(len(jobs)):
         first = _number(counts[j][0])
         splits = _number(counts[j][1])
-        units = _number(counts[j][2])
         if (number >= first) & (number < first + splits):
             share = (number - first).to(tl.int64)
-            slot = inner * slots + first_slot + _number(counts[j][3]) + share
+            units = _number(counts[j][3])
+            if len(counts[j]) > 4:
+                units *= tl.load(counts[j][4])
+            slot = inner * slots + first_slot + _number(counts[j][2]) + share
             at = (out_ptr + slot * R * D, lse_ptr + slot * R)
             begin = (share * units // splits).to(tl.int32)
             end = ((share + 1) * units // splits).to(tl.int32)

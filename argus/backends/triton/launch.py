@@ -252,7 +252,7 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: 
     mask = Mask.of(query, 0)
     counts, arguments, answers = [], [], 0
     for job in jobs:
-        counts.append((odd(job.first), odd(job.splits), odd(job.units), odd(answers)))
+        counts.append((odd(job.first), odd(job.splits), odd(answers), *_units(job)))
         arguments.append((_source(query, job), SHARES[job.share], constants(job.constants)))
         answers += job.splits
     programs = max(job.first + job.splits for job in jobs)
@@ -277,6 +277,13 @@ def _answer_fused(query: Query, jobs: Sequence[Job], work: Workspace, dispatch: 
         if job.share == "book" and forms.signs(job.part.value_form, dim) is None:
             forms.turn_back(job.part.value_form, work.out[:, slot : slot + job.splits])
         slot += job.splits
+
+
+def _units(job: Job) -> tuple[Any, ...]:
+    """Units of work; of a run with room a page's, and where the number of pages is found."""
+    if isinstance(job.part, Dense) or job.part.count is None:
+        return (odd(job.units),)
+    return (odd(job.units // job.part.pages), job.part.count)
 
 
 def _source(query: Query, job: Job) -> tuple[Any, ...]:
@@ -327,10 +334,11 @@ def _answer_pages(query: Query, job: Job, work: Workspace, slot: int) -> None:
     turned = forms.turned(run.key_form, query.rows).contiguous()
     _pages_kernel[(splits, batch * heads)](
         query.rows.contiguous(), turned, run.table, run.positions, work.out, work.lse, mask.tensor,
-        run.pages, tuning.over(run.pages, splits), slot, work.out.shape[1], heads, rows, query.length, query.start,
+        run.pages if run.count is None else run.count, slot, work.out.shape[1], heads, rows, query.length, query.start,
         *mask.strides, mask.lowest, query.softcap or 0.0,
         P=run.page, D=dim, DB=tuning.power(dim), RB=max(16, tuning.power(rows)), TB=tile,
-        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, ALIGNED=run.aligned, **facts,
+        MASK=mask.kind, EXACT=run.exact, CAPPED=query.softcap is not None, FIELDS=FIELDS, ALIGNED=run.aligned,
+        COUNTED=run.count is not None, **facts,
         **tuning.options(dim, rows, True),
     )  # fmt: skip
     forms.turn_back(run.value_form, work.out[:, slot : slot + splits])

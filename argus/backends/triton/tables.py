@@ -21,6 +21,8 @@ FIELDS = 10
 """Of a page: addresses of codes, scale and zero of keys, the same of values, exact marks, means of keys and of values; and what
 :func:`facts_of` tells of its forms."""
 NAMES = ("codes", "scale", "zero")
+ROOM = 8
+"""Pages that there is room for, at least, where a launch is recorded."""
 COEFFICIENTS = "coefficients."
 """How the names of a projected page's coefficients begin."""
 
@@ -35,9 +37,11 @@ class Run:
     keys, values : dict of str to Tensor
         The payload of the first pages, for its dtypes and shapes.
     table : Tensor
-        ``[pages, FIELDS]`` int64, addresses and facts.
+        ``[pages, FIELDS]`` int64, addresses and facts; there may be room for more.
     positions : Tensor
-        ``[pages]`` int64, in tokens.
+        ``[pages]`` int64, in tokens; there may be room for more.
+    pages : int
+        Pages held.
     page : int
         Tokens a page.
     last : int
@@ -53,6 +57,8 @@ class Run:
         Exact numbers of pages, of keys and of values; None: there are none.
     members : tuple of Run
         Several stages with few pages each, in one table that tells each page's form; the forms above are those of the first.
+    count : Tensor or None
+        int32 ``[1]``, `pages` on the device, where a recorded launch finds how many there are by then.
     """
 
     key_form: object
@@ -61,6 +67,7 @@ class Run:
     values: Payload
     table: Tensor
     positions: Tensor
+    pages: int
     page: int
     last: int
     exact: bool
@@ -68,11 +75,7 @@ class Run:
     aligned: bool = False
     outliers: tuple[ExactRows | None, ExactRows | None] = (None, None)
     members: tuple[Run, ...] = ()
-
-    @property
-    def pages(self) -> int:
-        """Pages held."""
-        return self.table.shape[0]
+    count: Tensor | None = None
 
     @property
     def roles(self) -> tuple[tuple[Any, Payload], tuple[Any, Payload]]:
@@ -196,10 +199,41 @@ def mix(runs: Sequence[Run]) -> list[Run]:
         few[0],
         table=torch.cat([run.table for run in few]),
         positions=torch.cat([run.positions for run in few]),
+        pages=sum(run.pages for run in few),
         last=max(run.last for run in few),
         members=tuple(few),
     )
     return [joint, *(run for run in runs if run not in joint.members)]
+
+
+def roomy(run: Run) -> Run:
+    """The same with room for an eighth more pages, and their number on the device."""
+    rows = run.pages + max(ROOM, run.pages // 8)
+    table, positions = run.table.new_zeros(rows, FIELDS), run.positions.new_zeros(rows)
+    made = replace(run, table=table, positions=positions, count=torch.zeros(1, dtype=torch.int32, device=table.device))
+    return told(made, run)
+
+
+def told(run: Run, now: Run) -> Run:
+    """A run with room after it was told, in place, which pages are held by now."""
+    run.table[: now.pages] = now.table
+    run.positions[: now.pages] = now.positions
+    if run.count is not None:
+        run.count.fill_(now.pages)
+    return replace(run, pages=now.pages, last=now.last, members=now.members)
+
+
+def takes(run: Run, now: Run) -> bool:
+    """Whether a launch recorded over a run with room answers for the pages of `now` once it is told of them."""
+    if now.pages > len(run.table) or any(run.outlying) or any(now.outlying):
+        return False
+    return compiled_for(run) == compiled_for(now) and all(one is other for one, other in zip(run.laid, now.laid, strict=True))
+
+
+def compiled_for(run: Run) -> tuple[object, ...]:
+    """What of a run launches are compiled for."""
+    payloads = [{name: (x.dtype, x.shape[1:], x.stride()) for name, x in kept.items()} for _, kept in run.roles]
+    return (run.key_form, run.value_form, payloads, run.page, run.exact, run.aligned, len(run.laid), bool(run.members))
 
 
 def make_run(segments: Sequence[Segment], table: Tensor, positions: Tensor, aligned: bool, laid: Lay) -> Run:
@@ -214,6 +248,7 @@ def make_run(segments: Sequence[Segment], table: Tensor, positions: Tensor, alig
         values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
         table=table,
         positions=positions,
+        pages=len(table),
         page=first.page_size,
         last=max(segment.last for segment in segments),
         exact=first.exact is not None,
@@ -274,28 +309,84 @@ def sort(segments: Sequence[Segment], laid: Lay = lay, find: Find = addresses) -
     return Pages(tuple(mix(runs)), tuple(others), tuple(where))
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Tables of a list of segments, as long as these are alive."""
+
+    segments: tuple[weakref.ref[Segment], ...]
+    pages: Pages
+
+    def of(self, segments: Sequence[Segment]) -> bool:
+        """Whether they are of these."""
+        same = len(self.segments) == len(segments)
+        return same and all(ref() is segment for ref, segment in zip(self.segments, segments, strict=True))
+
+
+class Shelf:
+    """Tables by the first of their segments."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Held] = {}
+
+    def find(self, segments: Sequence[Segment]) -> Pages | None:
+        """The tables of `segments`, if they were kept and no others since."""
+        held = self._held.get(id(segments[0]))
+        return held.pages if held is not None and held.of(segments) else None
+
+    def keep(self, segments: Sequence[Segment], pages: Pages) -> None:
+        """Keep the tables of `segments` while the first of these is alive."""
+        key = id(segments[0])
+        forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
+        self._held[key] = Held((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
+
+    def runs(self) -> list[Run]:
+        """Every run kept."""
+        return [run for held in self._held.values() for joint in held.pages.runs for run in (joint, *joint.members)]
+
+
 class Tables:
     """What :func:`sort` returned for lists of segments that are still alive."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[tuple[weakref.ref[Segment], ...], Pages]] = {}
+        self._plain, self._roomy = Shelf(), Shelf()
         self._laid: dict[tuple[object, bool, int, torch.device], Tensor] = {}
         self._found: weakref.WeakKeyDictionary[Segment, Tensor] = weakref.WeakKeyDictionary()
 
-    def of(self, segments: Sequence[Segment]) -> Pages:
-        """The tables of `segments`, made anew only when they are not those of the last time."""
+    def of(self, segments: Sequence[Segment], recorded: bool = False) -> Pages:
+        """The tables of `segments`, made anew only when they are not those of the last time.
+
+        Parameters
+        ----------
+        segments : sequence of Segment
+        recorded : bool
+            Whether a launch may be recorded, which reads the tables that :meth:`reserve` made, if it did.
+        """
         if not segments:
             return Pages((), (), ())
-        key = id(segments[0])
-        kept = self._held.get(key)
-        if kept is not None and len(kept[0]) == len(segments):
-            refs, pages = kept
-            if all(ref() is segment for ref, segment in zip(refs, segments, strict=True)):
-                return pages
-        pages = sort(segments, self._lay, self._find)
-        forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
-        self._held[key] = ((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
-        return pages
+        found = self._roomy.find(segments) if recorded else None
+        if found is None:
+            found = self._plain.find(segments)
+        if found is None:
+            found = sort(segments, self._lay, self._find)
+            self._plain.keep(segments, found)
+        return found
+
+    def reserve(self, segments: Sequence[Segment]) -> None:
+        """Have tables of `segments` with room, which may be told of other pages."""
+        if segments:
+            pages = self.of(segments)
+            self._roomy.keep(segments, replace(pages, runs=tuple(map(roomy, pages.runs))))
+
+    def follow(self, old: Sequence[Segment], new: Sequence[Segment]) -> bool:
+        """Tell the tables with room that were made for `old` of `new` instead; False: they cannot take them."""
+        pages, now = self._roomy.find(old) if old and new else None, self.of(new)
+        if pages is None or now.others or len(pages.runs) != len(now.runs):
+            return False
+        pairs = list(zip(pages.runs, now.runs, strict=True))
+        if not all(takes(*pair) for pair in pairs):
+            return False
+        self._roomy.keep(new, replace(now, runs=tuple(told(*pair) for pair in pairs)))
+        return True
 
     def _find(self, segment: Segment) -> Tensor:
         if segment not in self._found:
@@ -310,8 +401,8 @@ class Tables:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        runs = [run for _, pages in self._held.values() for joint in pages.runs for run in (joint, *joint.members)]
-        held = [tensor for run in runs for tensor in (run.table, run.positions)]
+        runs = [*self._plain.runs(), *self._roomy.runs()]
+        held = [tensor for run in runs for tensor in (run.table, run.positions, run.count) if tensor is not None]
         # Of pages on a GPU these are the host's.
         found = [places for segment, places in self._found.items() if places.device == segment.positions.device]
         return [*held, *self._laid.values(), *found]
