@@ -16,6 +16,7 @@ from argus.ledger import Match, measure
 from argus.moves import Context
 from argus.plan import Plan
 from argus.policies.base import RECENT
+from argus.turns import age
 
 LEAST, MOST = 2.0**-12, 2.0**12
 """Factors between which stages are scaled: from none of the pages in all but the last to all of them in the first."""
@@ -101,7 +102,7 @@ def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, reaches: Se
     layers = {reach: LayerCache(scaled, reach) for reach in reaches}
     for layer in layers.values():
         layer.write(keys[:, :, :first], values[:, :, :first])
-        layer.age(Context(queries=keys[:, :, max(0, first - RECENT) : first].float()))
+        age([layer], Context(queries=keys[:, :, max(0, first - RECENT) : first].float()))
         layer.write(keys[:, :, first:], values[:, :, first:])
     own = [measure(layers[reach].tensors(), layers[reach].values) for reach in reaches]
     shared = measure(scaled.shared(), 0)

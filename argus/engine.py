@@ -1,4 +1,4 @@
-"""The engine: one layer's cache. Write, age, attend, crop, select; it knows stages by their place, never by name."""
+"""The engine: one layer's cache. Write, attend, crop, select; it knows stages by their place, never by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from argus.attention import Query
 from argus.backends.base import Dense, Segment
-from argus.blocks import EXACT, Blocks, payload_of
+from argus.blocks import Blocks, payload_of
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens
-from argus.moves import Context, bear, recode, routes, weigh
-from argus.pages import Pool, Slab, Window, to_pages
+from argus.pages import Pool, Window
 from argus.plan import Plan
-from argus.policies.base import PageFacts, check_targets
-from argus.tiers.base import ROLES, Role, gate
+from argus.tiers.base import ROLES, Role
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +117,7 @@ class LayerCache:
 
     @property
     def due(self) -> int:
-        """Pages that the next :meth:`age` lets leave the window."""
+        """Pages that leave the window at the next turn (:func:`argus.turns.age`)."""
         pages = max(0, len(self.window) - self.unsure - self.plan.window) // self.plan.page_size
         return pages if pages >= self.plan.leaving else 0
 
@@ -226,54 +224,15 @@ class LayerCache:
         return self.blocks.of(self.pools, self.outliers)
 
     @at_home
-    def age(self, known: Context | None = None) -> None:
-        """Let full pages leave the window and every page move to the stage that the aging policy gives it.
-
-        Raises
-        ------
-        RangeError
-            If a page that leaves the window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
-        ArgusError
-            If a policy or a tier answers with what its contract does not allow.
-        """
-        born, start = self.due, self.window.start
-        if not born:
-            self.window.settle()
-            return
-        if not self.patient:
-            self._forget()
-        born -= (self.window.start - start) // self.plan.page_size
-        known, first = known or Context(), self.forgotten
-        facts = [stage.facts for stage in self.plan.stages]
-        stages = [*self.where[first:], *[None] * born]
-        weights = [*self.salience[first:], *weigh(self.plan, self.window, born, known)]
-        ages = range(len(stages) - 1, -1, -1)
-        targets = self.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
-        check_targets(stages, targets, len(facts), first)
-        self.blocks.held = None
-        moved = len(self.where) - first
-        self._move(targets[:moved])
-        for begin in range(moved, len(stages), self.plan.block_pages):
-            end = min(begin + self.plan.block_pages, len(stages))
-            self._bear(targets[begin:end], known)
-            self.salience += weights[begin:end]
-        self.window.settle()
-        for pool in self.pools:
-            pool.trim()
-        self.blocks.renew(self.pools, self.outliers)
-
-    @at_home
     def forget(self) -> None:
         """Forget the pages that no later query sees."""
         self.unsure = 0
         self._leave_inference()
-        self._forget()
-        for pool in self.pools:
-            pool.trim()
-        self.blocks.renew(self.pools, self.outliers)
+        self.leave_out()
+        self.tidy()
 
-    def _forget(self) -> None:
-        """Forget the pages that no later query sees, in the window too."""
+    def leave_out(self) -> None:
+        """Forget the pages that no later query sees, in the window too; call :meth:`tidy` when pages have moved."""
         size, held = self.plan.page_size, len(self.where)
         gone = 0 if self.reach is None else min(held + self.due, (self.length - self.reach + 1) // size - 1)
         if gone <= self.forgotten:
@@ -290,42 +249,11 @@ class LayerCache:
             numbers.forget(gone)
         self.forgotten = gone
 
-    def _move(self, targets: Sequence[int]) -> None:
-        """Encode held pages for the stages they go to, from what their present stage keeps."""
-        for (source, target), pages in routes(self.where[self.forgotten :], targets, self.forgotten):
-            for begin in range(0, len(pages), self.plan.block_pages):
-                block = pages[begin : begin + self.plan.block_pages]
-                slab = self.pools[source].take(block)
-                payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
-                for role in ROLES:
-                    kept = recode(self.plan, source, target, payload_of(slab, role), role)
-                    payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
-                self.pools[target].add(payload, block)
-                self.pools[source].remove(block)
-                for page in block:
-                    self.where[page] = target
-
-    def _bear(self, targets: Sequence[int], known: Context) -> None:
-        """Encode the oldest pages of the window, each straight for its stage."""
-        size, n, held = self.plan.page_size, len(targets), len(self.where)
-        start = self.window.start
-        keys, values = (gate(to_pages(x, size)) for x in self.window.first(n * size))
-        born = bear(self.plan, keys, values, targets, start, known)
-        for role in ROLES:
-            # Rows of numbers are found by their page: none may be left out.
-            if held > self.forgotten and (role in born.outlying) != (self.outliers[role].rows is not None):
-                said = f"the outlier policy answers None for some pages of {role}, not for all"
-                raise ArgusError(f"{said}; allowed: always or never")
-        # Tiers and policies may have raised before; from here on all is kept.
-        if born.kept is not None:
-            self.exact.add(keys, values, start, born.kept)
-        for role, x in zip(ROLES, (keys, values), strict=True):
-            if role in born.outlying:
-                self.outliers[role].add(x, born.outlying[role], held)
-        for target, payload, rows in born.encoded:
-            self.pools[target].add(payload, [held + i for i in rows])
-        self.where += targets
-        self.window.drop(n * size)
+    def tidy(self) -> None:
+        """Give back what no page uses."""
+        for pool in self.pools:
+            pool.trim()
+        self.blocks.renew(self.pools, self.outliers)
 
     @at_home
     def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -377,7 +305,6 @@ class LayerCache:
         gone = list(range(whole, len(self.where)))
         for stage, pool in enumerate(self.pools):
             pool.remove([page for page in gone if self.where[page] == stage])
-            pool.trim()
         del self.where[whole:], self.salience[whole:]
         self.exact.crop(whole * size)
         for numbers in self.outliers.values():
@@ -386,7 +313,7 @@ class LayerCache:
         if back is not None:
             self.window.append(back[0][:, :, :rest], back[1][:, :, :rest])
             self.window.settle()
-        self.blocks.renew(self.pools, self.outliers)
+        self.tidy()
 
     @at_home
     def select(self, rows: Tensor) -> None:

@@ -76,50 +76,18 @@ class ExactTokens:
             return None
         return Dense(self.keys, self.values, 0, last, self.positions, self.holes, self.scales)
 
-    def add(self, keys: Tensor, values: Tensor, start: int, kept: Tensor) -> None:
-        """Keep the tokens of pages that `kept` marks.
-
-        Parameters
-        ----------
-        keys, values : Tensor
-            ``[n, B, H, P, D]``.
-        start : int
-            Position of the first token.
-        kept : Tensor
-            ``[n, B, H, P]`` bool.
-        """
-        flat = kept.permute(1, 2, 0, 3).flatten(2)
-        counts = flat.sum(-1)
-        width = int(counts.amax())
-        if width == 0:
-            return
-        order = torch.argsort(flat.to(torch.uint8), dim=-1, descending=True, stable=True)[..., :width]
-        empty = torch.arange(width, device=kept.device) >= counts.unsqueeze(-1)
-        positions = (order + start).to(torch.int32).masked_fill(empty, EMPTY)
-        chosen = [
-            x.permute(1, 2, 0, 3, 4).flatten(2, 3).gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-            for x in (keys, values)
-        ]
-        if self.eight:
-            (key_codes, key_scale), (value_codes, value_scale) = map(to_eight, chosen)
-            new: tuple[Tensor, ...] = (key_codes, value_codes, positions, key_scale, value_scale)
-        else:
-            new = (*(x.to(self.dtype) for x in chosen), positions)
-        self._write(new)
-        self.holes = self.holes or bool(empty.any())
-
-    def _write(self, new: tuple[Tensor, ...]) -> None:
-        """Take more places, those that there is room for or new ones."""
+    def take(self, new: tuple[Tensor, ...], holes: bool) -> None:
+        """Hold more places, as :meth:`tensors` tells them, where there is room or beyond; `holes`: some of them are empty."""
         end = self.used + new[0].shape[2]
         if not self._held:
-            self._held = new
+            self._held = tuple(x.clone(memory_format=torch.contiguous_format) for x in new)
         elif end > self.width:
             self._held = tuple(torch.cat((held[:, :, : self.used], x), 2) for held, x in zip(self._held, new, strict=True))
         else:
             for held, x in zip(self._held, new, strict=True):
                 held[:, :, self.used : end] = x
         self.used = end
-        self.holes = self.holes or end < self.width
+        self.holes = self.holes or holes or end < self.width
 
     def reserve(self) -> None:
         """Have room for an eighth more places, which are empty."""
@@ -176,6 +144,44 @@ class ExactTokens:
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return list(self._held)
+
+
+def add_tokens(held: Sequence[ExactTokens], keys: Tensor, values: Tensor, start: int, kept: Tensor) -> None:
+    """Keep the tokens of pages that `kept` marks.
+
+    Parameters
+    ----------
+    held : sequence of ExactTokens
+        Of one kind; the batch rows of the others are those of each of these, one after another.
+    keys, values : Tensor
+        ``[n, B, H, P, D]``.
+    start : int
+        Position of the first token.
+    kept : Tensor
+        ``[n, B, H, P]`` bool.
+    """
+    flat = kept.permute(1, 2, 0, 3).flatten(2)
+    counts = flat.sum(-1)
+    each = counts.view(len(held), -1)
+    most, least = torch.stack([each.amax(-1), each.amin(-1)]).tolist()
+    width = max(most)
+    if width == 0:
+        return
+    order = torch.argsort(flat.to(torch.uint8), dim=-1, descending=True, stable=True)[..., :width]
+    empty = torch.arange(width, device=kept.device) >= counts.unsqueeze(-1)
+    positions = (order + start).to(torch.int32).masked_fill(empty, EMPTY)
+    chosen = [
+        x.permute(1, 2, 0, 3, 4).flatten(2, 3).gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+        for x in (keys, values)
+    ]
+    if held[0].eight:
+        (key_codes, key_scale), (value_codes, value_scale) = map(to_eight, chosen)
+        new: tuple[Tensor, ...] = (key_codes, value_codes, positions, key_scale, value_scale)
+    else:
+        new = (*(x.to(held[0].dtype) for x in chosen), positions)
+    for one, own, wide, narrow in zip(held, zip(*(x.chunk(len(held)) for x in new), strict=True), most, least, strict=True):
+        if wide:
+            one.take(tuple(x[:, :, :wide] for x in own), narrow < wide)
 
 
 def to_eight(x: Tensor) -> tuple[Tensor, Tensor]:

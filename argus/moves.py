@@ -36,6 +36,13 @@ class Context:
     padding: Tensor | None = None
     queries: Tensor | None = None
 
+    def times(self, layers: int) -> Context:
+        """The same for the rows of so many layers side by side."""
+        if layers == 1:
+            return self
+        tokens = None if self.tokens is None else self.tokens.repeat(layers, 1)
+        return Context(tokens, None if self.padding is None else self.padding.repeat(layers))
+
 
 @dataclass(frozen=True)
 class Born:

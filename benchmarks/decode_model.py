@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 from argus.adapters.graphs import capture
 from argus.adapters.huggingface import ArgusCache
 from argus.attention import Query
+from argus.turns import age
 from benchmarks import common
 
 WORDS = 1024
@@ -71,7 +72,7 @@ def compressed(model: Any, ladder: str, batch: int, context: int, backend: str, 
     for layer, keys, values in tokens(batch, context, len(cache.layers), str(model.device)):
         cache.layers[layer].engine.write(keys, values)
         cache.layers[layer].is_initialized = True
-        cache.layers[layer].engine.age()
+        age([cache.layers[layer].engine])
     return cache
 
 

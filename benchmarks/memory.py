@@ -20,6 +20,7 @@ from torch import Tensor
 from argus.attention import Query
 from argus.engine import LayerCache
 from argus.ledger import measure
+from argus.turns import age
 from benchmarks import common
 
 LAYERS = 2
@@ -33,7 +34,7 @@ def step(layer: LayerCache, batch: int, tokens: int) -> None:
     layer.write(*(torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(2)))
     q = torch.randn(batch, common.QUERY_HEADS, tokens, common.HEAD_DIM, device="cuda", dtype=torch.float16)
     layer.attend(Query.of(q, common.KV_HEADS, common.HEAD_DIM**-0.5, layer.length - tokens))
-    layer.age()
+    age([layer])
 
 
 def held(layers: list[LayerCache]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from argus.config import CacheConfig, LadderConfig, PolicyChoice, StageConfig
 from argus.engine import LayerCache
 from argus.plan import Plan
 from argus.policies.base import TextFacts
+from argus.turns import age
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Read when triton is first imported, whichever test does it.
@@ -141,7 +142,7 @@ def grow(layer: LayerCache, keys: Tensor, values: Tensor, chunk: int | None = No
     for begin in range(0, steps, chunk or steps):
         end = min(begin + (chunk or steps), steps)
         layer.write(keys[:, :, begin:end], values[:, :, begin:end])
-        layer.age(text)
+        age([layer], text)
 
 
 def reachable(thing: Any, skip: Sequence[Any] = ()) -> Iterator[Tensor]:

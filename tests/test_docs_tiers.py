@@ -17,6 +17,7 @@ from argus.config import CacheConfig, compose, validate
 from argus.engine import LayerCache
 from argus.errors import ConfigError
 from argus.testing.tiers import maker
+from argus.turns import age
 
 TEXT = (Path(__file__).parents[1] / "docs" / "tiers.md").read_text(encoding="utf-8")
 TIERS = plugins.kinds(plugins.load(), "argus_tiers")
@@ -48,7 +49,7 @@ def test_the_example_is_a_stage_like_any_other(ternary):
     layer = LayerCache(plan)
     keys, values = torch.randn(2, 1, 2, 256, 16, generator=torch.Generator().manual_seed(0))
     layer.write(keys, values)
-    layer.age()
+    age([layer])
     assert len(layer.where) == 3
     found, _ = layer.read([0, 1, 2])
     assert 0 < (found - keys[:, :, :192]).norm() / keys[:, :, :192].norm() <= plan.stages[0].keys.error

@@ -14,6 +14,7 @@ from argus.engine import LayerCache
 from argus.errors import ArgusError, RangeError
 from argus.ledger import measure, total_bytes
 from argus.moves import Context
+from argus.turns import age
 from tests.conftest import (
     DIM,
     GROUPS,
@@ -61,7 +62,7 @@ def test_defaults_of_torch_change_nothing(ladder: str) -> None:
             written, asked = [tokens(seed, 40, 2) for seed in range(3)], queries(9, 1, 2)
         for pair in written:
             layer.write(*pair)
-            layer.age()
+            age([layer])
         layer.crop(101)
         layer.select(torch.tensor([1, 0, 1], device="cpu"))
         return ask(layer, asked[torch.tensor([1, 0, 1], device="cpu")])
@@ -87,7 +88,7 @@ def small_budget(monkeypatch):
 def decode_step(layer: LayerCache, seed: int) -> None:
     layer.write(*tokens(seed, 1))
     ask(layer, queries(seed, 1))
-    layer.age()
+    age([layer])
 
 
 @pytest.mark.parametrize("name", ["exact", "seven"])
@@ -115,7 +116,7 @@ def test_prefill_allocates_a_block_at_most(name, first):
             grow(layer, *tokens(3, first))
         layer.write(*tokens(1, context))
         with Allocations() as seen:
-            layer.age()
+            age([layer])
         largest[context] = seen.largest
         assert len(layer.where) == (first + context - layer.plan.window) // layer.plan.page_size
     assert largest[256][0] == largest[1024][0], largest
@@ -185,12 +186,12 @@ def test_bad_numbers_are_refused_and_what_is_held_stays(bad, which, dtype):
     spoilt[which][0, 1, 40, 3] = bad
     layer.write(*spoilt)
     with pytest.raises(RangeError, match="a tier keeps finite numbers up to 32752"):
-        layer.age()
+        age([layer])
     # Two blocks of pages leave the window: the first is stored, the second holds the number and stays.
     assert (layer.length, len(layer.where), len(layer.window)) == (135, 12, 135 - 96)
     assert all(x.isfinite().all() for x in layer.read(range(12)))
     with pytest.raises(RangeError):
-        layer.age()
+        age([layer])
     assert (layer.length, len(layer.where), sum(map(len, layer.pools))) == (135, 12, 12)
     before = layer.read(range(12))
     layer.crop(75 + 40)
@@ -365,7 +366,7 @@ def test_values_may_have_another_head_dim() -> None:
     layer = make_layer(order=("int8",))
     keys, values = tokens(0, 200)
     layer.write(keys, values[..., : DIM // 2])
-    layer.age()
+    age([layer])
     assert layer.values == HEADS * 200 * (DIM + DIM // 2)
     with pytest.raises(ArgusError, match="cannot follow those held"):
         layer.write(*tokens(1, 1))

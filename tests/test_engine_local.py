@@ -15,6 +15,7 @@ from argus.errors import ArgusError
 from argus.ledger import measure
 from argus.moves import Context
 from argus.tiers.base import ROLES
+from argus.turns import age
 from tests.conftest import DIM, HEADS, ask, dense_attention, grow, make_layer, queries, reachable, tokens, unique_bytes
 from tests.test_engine import LADDERS
 from tests.test_engine_machine import LONGEST, RUN
@@ -74,7 +75,7 @@ def test_answers_are_those_of_all_tokens(name: str, reach: int) -> None:
             alike(layers, reach, steps)
         newest = queries(seed, 4, batch=2).unflatten(1, (2, -1)).flatten(2, 3)
         for layer in layers:
-            layer.age(Context(queries=newest))
+            age([layer], Context(queries=newest))
         assert layers[0].length == layers[1].length
     assert layers[0].forgotten > 10
     assert layers[0].window.start == layers[1].window.start
@@ -154,7 +155,7 @@ class LocalMachine(RuleBasedStateMachine):
         for layer in self.layers:
             layer.write(*written)
             if ageing:
-                layer.age()
+                age([layer])
 
     @rule(steps=st.integers(2, 40))
     def write_one_by_one(self, steps: int) -> None:

@@ -15,6 +15,7 @@ from argus.ledger import measure
 from argus.moves import Context
 from argus.plan import Plan
 from argus.tiers.base import ROLES
+from argus.turns import age
 from tests.conftest import (
     GROUPS,
     HEADS,
@@ -124,7 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         where = list(self.layer.where)
         leaves = len(self.layer.window) >= self.plan.most
         before = self.readings() if leaves else []
-        self.layer.age(Context(self.ids, self.padding))
+        age([self.layer], Context(self.ids, self.padding))
         assert (len(self.layer.where) > len(where)) == leaves
         if leaves:
             self.check_moves(before)

@@ -14,6 +14,7 @@ from argus.hookspecs import hookimpl
 from argus.policies.base import Aging, Outliers, PageFacts, StageFacts, check_chosen, check_targets
 from argus.testing import check_outliers
 from argus.tiers.fp16 import Fp16
+from argus.turns import age
 from tests.conftest import ask, config, contents, grow, make_layer, make_plan, queries, tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -262,7 +263,7 @@ def test_a_policy_that_moves_pages_back_is_refused():
     before = contents(layer)
     layer.write(*tokens(2, 10))
     with pytest.raises(ArgusError, match="the aging policy sends page 0 to stage 0; allowed are stages 1 to 1"):
-        layer.age()
+        age([layer])
     for x, wanted in zip(contents(layer), before, strict=True):
         assert torch.equal(x[:, :, :60], wanted)
 
@@ -293,7 +294,7 @@ def test_a_policy_that_answers_otherwise_is_refused(answer, message):
     layer = LayerCache(make_plan(chosen, [Ageing(Answers)]))
     layer.write(*tokens(1, 24))
     with pytest.raises(ArgusError, match=f"the aging policy {message}$"):
-        layer.age()
+        age([layer])
     assert layer.where == []
 
 
@@ -386,12 +387,12 @@ def test_a_move_that_fails_leaves_what_was_held(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(layer.plan.backend, "recode", recode)
     for _ in range(2):
         try:
-            layer.age()
+            age([layer])
         except RuntimeError:
             assert len(asked) == fails
     monkeypatch.undo()
-    layer.age()
-    sound.age()
+    age([layer])
+    age([sound])
     assert layer.where == sound.where
     for pool, other in zip(layer.pools, sound.pools, strict=True):
         assert sorted(pool.pages) == sorted(other.pages)

@@ -16,6 +16,7 @@ from argus.config import load_cache_config
 from argus.engine import LayerCache
 from argus.ledger import measure
 from argus.plan import Plan
+from argus.turns import age
 from tests.conftest import tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +55,7 @@ def step(layer: LayerCache, seed: int, steps: int, asked: bool = True) -> None:
     if asked:
         q = torch.ones(1, 2 * HEADS, steps, DIM, device=DEVICE).half()
         layer.attend(Query.of(q, HEADS, DIM**-0.5, layer.length - steps))
-    layer.age()
+    age([layer])
 
 
 @pytest.mark.parametrize("ladder", ["exact", "default"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from argus.exact import EMPTY, ExactNumbers, ExactTokens
+from argus.exact import EMPTY, ExactNumbers, ExactTokens, add_tokens
 from argus.ledger import measure, total_bytes
 from argus.pages import WINDOW_STEP, Pool, Slab, Window
 from tests.conftest import tokens
@@ -205,7 +205,7 @@ def test_exact_tokens_come_back(seed, data):
             n = data.draw(st.integers(1, 3))
             new = torch.randn(2, n, batch, heads, size, dim, generator=generator)
             mark = chosen(seed + step, (n, batch, heads, size), data.draw(st.sampled_from([0.0, 0.2, 1.0])))
-            exact.add(new[0], new[1], held.shape[3], mark)
+            add_tokens([exact], new[0], new[1], held.shape[3], mark)
             held = torch.cat([held, new.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)], 3)
             marks = torch.cat([marks, mark.permute(1, 2, 0, 3).flatten(2)], 2)
         elif what == "crop":

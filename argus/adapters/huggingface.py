@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -18,10 +20,12 @@ from argus.adapters.transcript import Transcript
 from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
+from argus.engine import LayerCache
 from argus.errors import ArgusError, ModelError
 from argus.ledger import Ledger, measure
 from argus.plan import Plan
 from argus.policies.base import TextFacts
+from argus.turns import age
 
 
 class ArgusCache(Cache):  # type: ignore[misc]
@@ -151,9 +155,12 @@ class ArgusCache(Cache):  # type: ignore[misc]
 
     def age(self) -> None:
         """Let pages move that are due after a step which was replayed; others let them move themselves."""
+        due: dict[torch.device, list[LayerCache]] = defaultdict(list)
         for layer in self.layers:
             if layer.engine.due:
-                layer.engine.age(self.transcript.context(next(iter(layer.engine.window.tensors())).device))
+                due[next(iter(layer.engine.window.tensors())).device].append(layer.engine)
+        for device, engines in due.items():
+            age(engines, self.transcript.context(device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

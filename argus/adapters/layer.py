@@ -17,6 +17,7 @@ from argus.engine import LayerCache
 from argus.errors import ModelError
 from argus.plan import Plan
 from argus.policies.base import RECENT
+from argus.turns import age
 
 
 def unscaled(device: torch.device) -> AbstractContextManager[object]:
@@ -126,7 +127,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        self.engine.age(self.transcript.context(query.device, self._recent(module, query, scale)))
+        age([self.engine], self.transcript.context(query.device, self._recent(module, query, scale)))
         return out.contiguous()
 
     def _recent(self, module: Any, query: Tensor, scale: float) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from argus import ArgusCache
+from argus.turns import age
 from tests.conftest import ask, make_layer, queries, tokens
 from tests.models import SMALL
 
@@ -32,7 +33,7 @@ def test_a_layer_works_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert layer.home == -1
     layer.home = 3
     for work in (
-        layer.age,
+        lambda: age([layer]),
         lambda: ask(layer, queries(1, 1)),
         lambda: layer.read([0]),
         lambda: layer.crop(150),

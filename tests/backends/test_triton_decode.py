@@ -28,6 +28,7 @@ from argus.backends.triton import launch, tuning
 from argus.build import build
 from argus.engine import LayerCache
 from argus.exact import to_eight
+from argus.turns import age
 from tests.conftest import config
 
 PAIRS = [
@@ -255,7 +256,7 @@ def check_layer(tier: str, options: dict[str, object], dims: tuple[int, int], st
     generator = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(1, 2, 70, dim, generator=generator).half().to(DEVICE) for dim in dims)
     layer.write(keys, values)
-    layer.age()
+    age([layer])
     query = Query.of(torch.randn(1, 4, steps, dims[0], generator=generator).to(DEVICE), 2, 0.2, 70 - steps)
     found = layer.attend(query)
     want = CpuBackend().attend(query, layer.segments(), layer.dense())

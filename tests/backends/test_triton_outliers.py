@@ -28,6 +28,7 @@ from argus.backends.triton.backend import TritonBackend
 from argus.build import build
 from argus.config import load_cache_config
 from argus.engine import LayerCache
+from argus.turns import age
 
 
 def check(case: Case, query: Query | None = None, bound: float = BOUND) -> None:
@@ -160,7 +161,7 @@ def test_a_whole_ladder() -> None:
     layer = LayerCache(build(chosen, 64, torch.float16, DEVICE))
     generator = torch.Generator().manual_seed(1)
     layer.write(*torch.randn(2, 1, 1, 1100, 64, generator=generator).half().to(DEVICE))
-    layer.age()
+    age([layer])
     query = Query.of(torch.randn(1, 2, 1, 64, generator=generator).half().to(DEVICE), 1, 0.125, layer.length)
     assert len(set(layer.where)) == 7
     jobs = launch.plan(query, layer.plan.backend.tables.of(layer.segments()).runs)

@@ -26,6 +26,7 @@ from argus.backends.triton.sight import Sight, Sights, survey  # noqa: E402
 from argus.build import build  # noqa: E402
 from argus.config import load_cache_config  # noqa: E402
 from argus.engine import LayerCache  # noqa: E402
+from argus.turns import age  # noqa: E402
 from tests.backends.decoding import BOUND, DEVICE, FORMS, Case, KeptProjection, spiked  # noqa: E402
 from tests.conftest import other_defaults  # noqa: E402
 
@@ -253,7 +254,7 @@ def test_a_whole_ladder(outliers: str) -> None:
     generator = torch.Generator().manual_seed(1)
     for steps in (1100, 30):
         layer.write(*torch.randn(2, 1, 2, steps, 64, generator=generator).half().to(DEVICE))
-        layer.age()
+        age([layer])
     layer.write(*torch.randn(2, 1, 2, 30, 64, generator=generator).half().to(DEVICE))
     q = torch.randn(1, 4, 30, 64, generator=generator).half().to(DEVICE)
     query = Query.of(q, 2, 0.125, layer.length - 30)

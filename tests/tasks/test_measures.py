@@ -18,6 +18,7 @@ from argus.tasks.generate import Generate, GenerateConfig
 from argus.tasks.perplexity import Perplexity, PerplexityConfig, window, written
 from argus.tasks.repetition import Repetition, RepetitionConfig, loop
 from argus.tasks.steps import Clock, feed, mean_memory, passage, sampler
+from argus.turns import age
 from tests.conftest import tokens
 
 
@@ -205,7 +206,7 @@ def test_letters_of_several_tokens_are_shown_whole(run, monkeypatch):
 def test_bits_of_a_stage_are_of_keys_and_values_of_two_sizes(run):
     layer = LayerCache(replace(run.plan, anchors=()))
     layer.write(tokens(1, 80)[0], tokens(2, 80, dim=16)[1])
-    layer.age()
+    age([layer])
     keys, values = layer.read(range(len(layer.where)))
     held = SimpleNamespace(
         plan=layer.plan, layers=[SimpleNamespace(engine=layer)], tensors=layer.tensors, get_seq_length=lambda: layer.length

@@ -12,6 +12,7 @@ from argus.build import build, stage_bits
 from argus.config import RunConfig, compose, load_cache_config, validate
 from argus.engine import LayerCache
 from argus.runner import choose
+from argus.turns import age
 
 LADDERS = {"kivi2": 2, "kivi4": 4}
 GROUP, RESIDUAL = 32, 128
@@ -41,7 +42,7 @@ def filled(name, keys, values):
     plan = build(load_cache_config(run.cache[name].options["overrides"]), keys.shape[-1])
     layer = LayerCache(replace(plan, dtype=torch.float32))
     layer.write(keys, values)
-    layer.age()
+    age([layer])
     return layer
 
 

@@ -1,0 +1,173 @@
+"""A turn: full pages leave the window, and every page moves to the stage that the aging policy gives it.
+
+Layers that are at the same point take their turn together: what is done to their pages is done once, their batch rows side by
+side, since each kernel costs as much to launch for one layer's page as for all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from argus.blocks import EXACT, payload_of
+from argus.engine import LayerCache
+from argus.errors import ArgusError
+from argus.exact import add_tokens
+from argus.moves import Context, bear, recode, routes, weigh
+from argus.pages import Slab, to_pages
+from argus.policies.base import PageFacts, check_targets
+from argus.tiers.base import ROLES, gate
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one layer is to do.
+
+    Attributes
+    ----------
+    layer : LayerCache
+    targets : list of int
+        The stage of each page, oldest first, those that leave the window last.
+    weights : list of float
+        Salience of those that leave the window.
+    """
+
+    layer: LayerCache
+    targets: list[int]
+    weights: list[float]
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for layers that may take their turn together."""
+        layer = self.layer
+        dtypes = tuple(x.dtype for part in layer.window.parts() for x in part)
+        place = (layer.home, layer.shape, layer.value_dim, dtypes, layer.window.start, layer.forgotten)
+        return (id(layer.plan), place, tuple(layer.where), tuple(self.targets))
+
+
+def age(layers: Iterable[LayerCache], known: Context | None = None) -> None:
+    """Let full pages leave the windows of `layers`, and every page move to its stage.
+
+    Parameters
+    ----------
+    layers : iterable of LayerCache
+        Those of one device.
+    known : Context or None
+        What is known of the tokens of each; with queries only for one layer.
+
+    Raises
+    ------
+    RangeError
+        If a page that leaves a window holds NaN, infinity or numbers that no tier can keep; it stays in the window.
+    ArgusError
+        If a policy or a tier answers with what its contract does not allow.
+    """
+    known = known or Context()
+    alike: dict[Hashable, list[Turn]] = defaultdict(list)
+    for layer in layers:
+        if not layer.due:
+            layer.window.settle()
+            continue
+        with torch.cuda.device(layer.home):
+            turn = decide(layer, known)
+        alike[turn.kind].append(turn)
+    for turns in alike.values():
+        at_once = max(1, turns[0].layer.plan.block_pages // max(1, len(turns[0].weights)))
+        for begin in range(0, len(turns), at_once):
+            with torch.cuda.device(turns[0].layer.home):
+                take(turns[begin : begin + at_once], known)
+
+
+def decide(layer: LayerCache, known: Context) -> Turn:
+    """Forget what no query will see, and ask the aging policy where all other pages go."""
+    born, start = layer.due, layer.window.start
+    if not layer.patient:
+        layer.leave_out()
+    born -= (layer.window.start - start) // layer.plan.page_size
+    facts = [stage.facts for stage in layer.plan.stages]
+    new = weigh(layer.plan, layer.window, born, known)
+    stages = [*layer.where[layer.forgotten :], *[None] * born]
+    weights = [*layer.salience[layer.forgotten :], *new]
+    ages = range(len(stages) - 1, -1, -1)
+    targets = layer.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
+    check_targets(stages, targets, len(facts), layer.forgotten)
+    return Turn(layer, list(targets), new)
+
+
+def take(turns: Sequence[Turn], known: Context) -> None:
+    """Move the pages of layers that are alike, as one of them is told."""
+    layers, plan = [turn.layer for turn in turns], turns[0].layer.plan
+    moved = len(turns[0].targets) - len(turns[0].weights)
+    at_once = max(1, plan.block_pages // len(turns))
+    for layer in layers:
+        layer.blocks.held = None
+    move(layers, turns[0].targets[:moved], at_once)
+    for begin in range(0, len(turns[0].weights), at_once):
+        end = min(begin + at_once, len(turns[0].weights))
+        leave_window(layers, turns[0].targets[moved + begin : moved + end], known)
+        for turn in turns:
+            turn.layer.salience += turn.weights[begin:end]
+    for layer in layers:
+        layer.window.settle()
+        layer.tidy()
+
+
+def move(layers: Sequence[LayerCache], targets: Sequence[int], at_once: int) -> None:
+    """Encode held pages for the stages they go to, from what their present stage keeps."""
+    plan, where, first = layers[0].plan, layers[0].where, layers[0].forgotten
+    for (source, target), pages in routes(where[first:], targets, first):
+        for begin in range(0, len(pages), at_once):
+            block = pages[begin : begin + at_once]
+            slab = side_by_side([layer.pools[source].take(block) for layer in layers])
+            payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
+            for role in ROLES:
+                kept = recode(plan, source, target, payload_of(slab, role), role)
+                payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
+            for layer, own in zip(layers, apart(payload, len(layers)), strict=True):
+                layer.pools[target].add(own, block)
+                layer.pools[source].remove(block)
+                for page in block:
+                    layer.where[page] = target
+
+
+def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Context) -> None:
+    """Encode the oldest pages of the window, each straight for its stage."""
+    one = layers[0]
+    size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
+    oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
+    keys, values = (gate(to_pages(x[0] if len(layers) == 1 else torch.cat(x), size)) for x in oldest)
+    born = bear(one.plan, keys, values, targets, start, known.times(len(layers)))
+    for layer in layers:
+        for role in ROLES:
+            # Rows of numbers are found by their page: none may be left out.
+            if held > layer.forgotten and (role in born.outlying) != (layer.outliers[role].rows is not None):
+                said = f"the outlier policy answers None for some pages of {role}, not for all"
+                raise ArgusError(f"{said}; allowed: always or never")
+    # Tiers and policies may have raised before; from here on all is kept.
+    if born.kept is not None:
+        add_tokens([layer.exact for layer in layers], keys, values, start, born.kept)
+    for role, x in zip(ROLES, (keys, values), strict=True):
+        if role in born.outlying:
+            pages, chosen = (tensor.chunk(len(layers), 1) for tensor in (x, born.outlying[role]))
+            for layer, own, own_chosen in zip(layers, pages, chosen, strict=True):
+                layer.outliers[role].add(own, own_chosen, held)
+    for target, payload, places in born.encoded:
+        for layer, kept in zip(layers, apart(payload, len(layers)), strict=True):
+            layer.pools[target].add(kept, [held + i for i in places])
+    for layer in layers:
+        layer.where += targets
+        layer.window.drop(n * size)
+
+
+def side_by_side(slabs: Sequence[Slab]) -> Slab:
+    """Payloads ``[n, B, ...]`` of several layers as one of all their rows."""
+    return slabs[0] if len(slabs) == 1 else {name: torch.cat([slab[name] for slab in slabs], 1) for name in slabs[0]}
+
+
+def apart(payload: Slab, layers: int) -> list[Slab]:
+    """What :func:`side_by_side` would join."""
+    split = {name: tensor.chunk(layers, 1) for name, tensor in payload.items()}
+    return [{name: parts[place] for name, parts in split.items()} for place in range(layers)]
