@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ def payload_of(slab: Slab, role: Role) -> dict[str, Tensor]:
     return {name.removeprefix(f"{role}."): tensor for name, tensor in slab.items() if name.startswith(f"{role}.")}
 
 
+@dataclass(frozen=True)
+class Known:
+    """A segment, and the tensors and pages that it was made of."""
+
+    slab: Slab
+    pages: list[int]
+    segment: Segment
+
+
+def key_of(slab: Slab) -> int:
+    """What tells a slab from others, whose tensors are replaced together."""
+    return id(next(iter(slab.values())))
+
+
 class Blocks:
     """The segments of one layer.
 
@@ -30,14 +45,14 @@ class Blocks:
     plan : Plan
     held : list of Segment or None
         Those of all pages; None where pages have moved since.
-    known : dict of int to (list of int, Segment)
-        By the identity of each tensor that it reads, a segment and its pages.
+    known : dict of int to Known
+        By the identity of the first tensor that it reads, a segment.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.held: list[Segment] | None = None
-        self.known: dict[int, tuple[list[int], Segment]] = {}
+        self.known: dict[int, Known] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """A copy finds its own pages."""
@@ -62,35 +77,32 @@ class Blocks:
             made = iter([self._segment(*block, exact, place) for block, place in zip(new, places, strict=True)])
             self.held = [next(made) if one is None else one for one in found]
             self.known = {
-                id(tensor): (pages, segment)
-                for (_, slab, pages), segment in zip(blocks, self.held, strict=True)
-                for tensor in slab.values()
+                key_of(slab): Known(slab, pages, segment) for (_, slab, pages), segment in zip(blocks, self.held, strict=True)
             }
         return self.held
 
     def renew(self, pools: Sequence[Pool], outliers: Mapping[Role, ExactNumbers]) -> None:
         """Forget segments of pages that lie elsewhere by now, whose memory they would hold."""
         self.held = None
-        there = {id(tensor) for pool in pools for slab in pool.slabs for tensor in slab.values()}
+        there = {key_of(slab) for pool in pools for slab in pool.slabs}
         self.known = {
-            key: (pages, segment)
-            for key, (pages, segment) in self.known.items()
-            if key in there and all(rows is outliers[role].rows for role, rows in segment.outliers.items())
+            key: known
+            for key, known in self.known.items()
+            if key in there and all(rows is outliers[role].rows for role, rows in known.segment.outliers.items())
         }
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held that pools do not hold."""
-        return [segment.positions for segment in (*(self.held or ()), *(segment for _, segment in self.known.values()))]
+        return [segment.positions for segment in (*(self.held or ()), *(known.segment for known in self.known.values()))]
 
     def _found(self, slab: Slab, pages: list[int], exact: Mapping[Role, ExactRows]) -> Segment | None:
         """The segment of pages that lie where they did, if it was made before."""
-        found = [self.known.get(id(tensor)) for tensor in slab.values()]
-        if not found or found[0] is None:
+        known = self.known.get(key_of(slab))
+        if known is None or known.pages != pages or any(slab[name] is not x for name, x in known.slab.items()):
             return None
-        known, segment = found[0]
-        same = known == pages and all(one is not None and one[1] is segment for one in found)
-        same = same and segment.outliers.keys() == exact.keys()
-        return segment if same and all(segment.outliers[role] is exact[role] for role in exact) else None
+        outliers = known.segment.outliers
+        same = outliers.keys() == exact.keys() and all(outliers[role] is exact[role] for role in exact)
+        return known.segment if same else None
 
     def _segment(self, stage: Stage, slab: Slab, pages: list[int], exact: Mapping[Role, ExactRows], starts: Tensor) -> Segment:
         size = self.plan.page_size

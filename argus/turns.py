@@ -18,6 +18,7 @@ from argus.errors import ArgusError
 from argus.exact import add_tokens
 from argus.moves import Context, bear, recode, routes, weigh
 from argus.pages import Slab, to_pages
+from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
 from argus.tiers.base import ROLES, gate
 
@@ -67,12 +68,13 @@ def age(layers: Iterable[LayerCache], known: Context | None = None) -> None:
     """
     known = known or Context()
     alike: dict[Hashable, list[Turn]] = defaultdict(list)
+    asked: dict[Hashable, list[int]] = {}
     for layer in layers:
         if not layer.due:
             layer.window.settle()
             continue
         with torch.cuda.device(layer.home):
-            turn = decide(layer, known)
+            turn = decide(layer, known, asked)
         alike[turn.kind].append(turn)
     for turns in alike.values():
         at_once = max(1, turns[0].layer.plan.block_pages // max(1, len(turns[0].weights)))
@@ -81,20 +83,26 @@ def age(layers: Iterable[LayerCache], known: Context | None = None) -> None:
                 take(turns[begin : begin + at_once], known)
 
 
-def decide(layer: LayerCache, known: Context) -> Turn:
-    """Forget what no query will see, and ask the aging policy where all other pages go."""
+def decide(layer: LayerCache, known: Context, asked: dict[Hashable, list[int]]) -> Turn:
+    """Forget what no query will see, and find where all other pages go; `asked`: what the aging policy has answered."""
     born, start = layer.due, layer.window.start
     if not layer.patient:
         layer.leave_out()
     born -= (layer.window.start - start) // layer.plan.page_size
-    facts = [stage.facts for stage in layer.plan.stages]
-    new = weigh(layer.plan, layer.window, born, known)
-    stages = [*layer.where[layer.forgotten :], *[None] * born]
-    weights = [*layer.salience[layer.forgotten :], *new]
-    ages = range(len(stages) - 1, -1, -1)
-    targets = layer.plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
-    check_targets(stages, targets, len(facts), layer.forgotten)
-    return Turn(layer, list(targets), new)
+    new, first = weigh(layer.plan, layer.window, born, known), layer.forgotten
+    stages, weights = (*layer.where[first:], *[None] * born), (*layer.salience[first:], *new)
+    key = (id(layer.plan), first, stages, weights)
+    if key not in asked:
+        asked[key] = targets_of(layer.plan, stages, weights, first)
+    return Turn(layer, asked[key], new)
+
+
+def targets_of(plan: Plan, stages: Sequence[int | None], weights: Sequence[float], first: int) -> list[int]:
+    """The stages that the aging policy gives to pages from `first` on, which are in these stages."""
+    facts, ages = [stage.facts for stage in plan.stages], range(len(stages) - 1, -1, -1)
+    targets = plan.aging.targets([PageFacts(*page) for page in zip(ages, stages, weights, strict=True)], facts)
+    check_targets(stages, targets, len(facts), first)
+    return list(targets)
 
 
 def take(turns: Sequence[Turn], known: Context) -> None:

@@ -47,7 +47,7 @@ ALLOWED = {
         "policies.base",
         "tiers.base",
     ),
-    "turns": ("errors", "pages", "exact", "blocks", "moves", "engine", "policies.base", "tiers.base"),
+    "turns": ("errors", "pages", "exact", "blocks", "moves", "plan", "engine", "policies.base", "tiers.base"),
     "build": ("errors", "config", "plugins", "plan", "backends.base", "policies.base", "tiers.base"),
     "budget": ("errors", "config", "plan", "engine", "turns", "moves", "ledger", "policies.base"),
     "adapters": (

@@ -204,12 +204,13 @@ def test_a_step_before_which_nothing_moved_and_one_after(model: Any, counts: Sim
 
 @pytest.mark.usefixtures("unfollowed")
 def test_the_first_step_after_pages_moved_is_recorded(model: Any, counts: SimpleNamespace) -> None:
-    caches = both(model, LADDERS["int4"], 90)
+    cache = ArgusCache(model, [*LADDERS["int4"], "anchors=none"])
+    feed(model, cache, ids(90))
     recorded = []
     for i in range(60):
-        moved = len(caches[0].layers[0].engine.where)
-        one_by_one(model, caches, ids(1, seed=i))
-        recorded.append((counts.recorded, len(caches[0].layers[0].engine.where) - moved))
+        moved = len(cache.layers[0].engine.where)
+        feed(model, cache, ids(1, seed=i))
+        recorded.append((counts.recorded, len(cache.layers[0].engine.where) - moved))
     turn = [moves for _, moves in recorded].index(1)
     assert [number for number, _ in recorded[:2]] == [0, 1]
     assert [number for number, _ in recorded[turn - 1 : turn + 3]] == [1, 1, 2, 2]

@@ -97,6 +97,35 @@ def in_projection(form: object, payload: Payload, page: int) -> bool:
     return known and page == 64 and form.ratio in (4, 8, 16) and in_sixteens(dim)
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What is looked up once of a segment.
+
+    Attributes
+    ----------
+    readable : bool
+        Whether kernels read it in place.
+    shapes : list
+        What its pages look like in memory.
+    table : Tensor
+        As :func:`addresses` tells it; empty where kernels do not read it.
+    aligned : bool
+        Whether all that it tells are multiples of 16 bytes.
+    """
+
+    readable: bool
+    shapes: list[Any]
+    table: Tensor
+    aligned: bool
+
+
+def find(segment: Segment) -> Found:
+    """Look a segment up."""
+    reads = readable(segment)
+    table = addresses(segment) if reads else torch.zeros(0, FIELDS, dtype=torch.int64, device="cpu")
+    return Found(reads, shapes(segment), table, not bool((table[:, :-1] % 16).any()))
+
+
 def readable(segment: Segment) -> bool:
     """Whether kernels read this segment in place."""
     if not segment.positions.numel() or (segment.exact is not None and not segment.exact[0].is_contiguous()):
@@ -105,14 +134,12 @@ def readable(segment: Segment) -> bool:
 
 
 def same_stage(first: Segment, second: Segment) -> bool:
-    """Whether the launch that answers for `first`, which kernels read, may answer for both."""
+    """Whether the launch that answers for `first` may answer for both, if pages of both look alike."""
     return (
         first.key_tier is second.key_tier
         and first.value_tier is second.value_tier
         and first.page_size == second.page_size
         and first.outliers == second.outliers
-        and second.positions.numel() > 0
-        and shapes(first) == shapes(second)
     )
 
 
@@ -138,8 +165,8 @@ def addresses(segment: Segment) -> Tensor:
     return first + step * torch.arange(len(segment.positions), device="cpu").unsqueeze(-1)
 
 
-Find = Callable[[Segment], Tensor]
-"""Tells the addresses of a segment's pages."""
+Find = Callable[[Segment], Found]
+"""Looks a segment up."""
 Lay = Callable[[Any, bool, Segment], Tensor]
 """Lays what all pages of a form share for lanes, of keys (back to tokens, where they are projected) or of values (forth)."""
 
@@ -210,17 +237,16 @@ def roomy(run: Run) -> Run:
     """The same with room for an eighth more pages, and their number on the device."""
     rows = run.pages + max(ROOM, run.pages // 8)
     table, positions = run.table.new_zeros(rows, FIELDS), run.positions.new_zeros(rows)
-    made = replace(run, table=table, positions=positions, count=torch.zeros(1, dtype=torch.int32, device=table.device))
-    return told(made, run)
+    return told(replace(run, table=table, positions=positions, count=table.new_zeros(1, dtype=torch.int32)), run)
 
 
 def told(run: Run, now: Run) -> Run:
-    """A run with room after it was told, in place, which pages are held by now."""
+    """`now`, where a launch recorded over `run`, which has room, finds it."""
     run.table[: now.pages] = now.table
     run.positions[: now.pages] = now.positions
     if run.count is not None:
         run.count.fill_(now.pages)
-    return replace(run, pages=now.pages, last=now.last, members=now.members)
+    return replace(now, table=run.table, positions=run.positions, count=run.count)
 
 
 def takes(run: Run, now: Run) -> bool:
@@ -244,8 +270,8 @@ def make_run(segments: Sequence[Segment], table: Tensor, positions: Tensor, alig
     return Run(
         key_form=key_form,
         value_form=value_form,
-        keys={name: tensor[:0] for name, tensor in parts_of(first.keys).items()},
-        values={name: tensor[:0] for name, tensor in parts_of(first.values).items()},
+        keys=parts_of(first.keys),
+        values=parts_of(first.values),
         table=table,
         positions=positions,
         pages=len(table),
@@ -262,11 +288,11 @@ def make_runs(groups: Sequence[Sequence[Segment]], laid: Lay, find: Find) -> lis
     """The runs of several stages, whose tables go to the device in one copy."""
     if not groups:
         return []
-    tables = [torch.cat([find(segment) for segment in group]) for group in groups]
-    counts = [len(table) for table in tables]
-    held = torch.cat(tables).to(groups[0][0].positions.device).split(counts)
+    found = [[find(segment) for segment in group] for group in groups]
+    counts = [sum(len(one.table) for one in group) for group in found]
+    held = torch.cat([one.table for group in found for one in group]).to(groups[0][0].positions.device).split(counts)
     places = torch.cat([segment.positions for group in groups for segment in group]).to(torch.int64).split(counts)
-    aligned = [not (table[:, :-1] % 16).any() for table in tables]
+    aligned = [all(one.aligned for one in group) for group in found]
     return [make_run(*one, laid) for one in zip(groups, held, places, aligned, strict=True)]
 
 
@@ -288,17 +314,18 @@ class Pages:
     where: tuple[tuple[Run, int] | None, ...]
 
 
-def sort(segments: Sequence[Segment], laid: Lay = lay, find: Find = addresses) -> Pages:
+def sort(segments: Sequence[Segment], laid: Lay = lay, find: Find = find) -> Pages:
     """Gather the segments of each stage; segments that no kernel reads are told by their place."""
     groups: list[list[int]] = []
     others = []
     for place, segment in enumerate(segments):
-        if groups and same_stage(segments[groups[-1][0]], segment):
-            groups[-1].append(place)
-        elif readable(segment):
-            groups.append([place])
-        else:
+        found, first = find(segment), groups[-1][0] if groups else place
+        if not found.readable:
             others.append(place)
+        elif groups and same_stage(segments[first], segment) and find(segments[first]).shapes == found.shapes:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
     runs = make_runs([[segments[place] for place in group] for group in groups], laid, find)
     where: list[tuple[Run, int] | None] = [None] * len(segments)
     for group, run in zip(groups, runs, strict=True):
@@ -350,7 +377,7 @@ class Tables:
     def __init__(self) -> None:
         self._plain, self._roomy = Shelf(), Shelf()
         self._laid: dict[tuple[object, bool, int, torch.device], Tensor] = {}
-        self._found: weakref.WeakKeyDictionary[Segment, Tensor] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[Segment, Found] = weakref.WeakKeyDictionary()
 
     def of(self, segments: Sequence[Segment], recorded: bool = False) -> Pages:
         """The tables of `segments`, made anew only when they are not those of the last time.
@@ -388,10 +415,11 @@ class Tables:
         self._roomy.keep(new, replace(now, runs=tuple(told(*pair) for pair in pairs)))
         return True
 
-    def _find(self, segment: Segment) -> Tensor:
-        if segment not in self._found:
-            self._found[segment] = addresses(segment)
-        return self._found[segment]
+    def _find(self, segment: Segment) -> Found:
+        found = self._found.get(segment)
+        if found is None:
+            found = self._found[segment] = find(segment)
+        return found
 
     def _lay(self, form: Projected | Loaded, back: bool, like: Segment) -> Tensor:
         key = (form, back, like.page_size, like.positions.device)
@@ -404,5 +432,5 @@ class Tables:
         runs = [*self._plain.runs(), *self._roomy.runs()]
         held = [tensor for run in runs for tensor in (run.table, run.positions, run.count) if tensor is not None]
         # Of pages on a GPU these are the host's.
-        found = [places for segment, places in self._found.items() if places.device == segment.positions.device]
+        found = [one.table for segment, one in self._found.items() if one.table.device == segment.positions.device]
         return [*held, *self._laid.values(), *found]
