@@ -14,8 +14,8 @@ from argus.backends.base import Affine, Dense, Float8, Payload, Plain, Projected
 from argus.backends.cpu import CpuBackend, PagePart
 from argus.backends.triton import layout
 from argus.backends.triton.fragments import Weights
+from argus.backends.triton.shelf import Tables
 from argus.backends.triton.sight import Sights
-from argus.backends.triton.tables import Tables
 
 if TYPE_CHECKING:
     from argus.tiers.base import Tier

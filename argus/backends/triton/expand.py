@@ -12,8 +12,9 @@ from torch import Tensor
 
 from argus.backends.base import Role, Segment
 from argus.backends.triton import forms
+from argus.backends.triton.lookup import FIELDS, NAMES
 from argus.backends.triton.reading import _addresses, _page_tile
-from argus.backends.triton.tables import FIELDS, NAMES, Run
+from argus.backends.triton.tables import Run
 
 DECODED = 32 << 20
 """Bytes of float32 numbers that a tier which no kernel reads decodes at once, or those of one page where it has more."""

@@ -16,7 +16,8 @@ from argus.backends.triton import forms, fused, layout, tuning
 from argus.backends.triton.decode import _dense_kernel, _pages_kernel
 from argus.backends.triton.dispatch import Dispatch, constants
 from argus.backends.triton.fused import _decode_kernel, _merge_kernel
-from argus.backends.triton.tables import FIELDS, Run, in_projection
+from argus.backends.triton.lookup import FIELDS
+from argus.backends.triton.tables import Run, in_projection
 
 ROWS = 4
 """Rows that a warp answers for."""
