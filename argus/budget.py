@@ -102,7 +102,7 @@ def attempt(plan: Plan, factor: float, keys: Tensor, values: Tensor, reaches: Se
     layers = {reach: LayerCache(scaled, reach) for reach in reaches}
     for layer in layers.values():
         layer.write(keys[:, :, :first], values[:, :, :first])
-        age([layer], Context(queries=keys[:, :, max(0, first - RECENT) : first].float()))
+        age([layer], [Context(queries=keys[:, :, max(0, first - RECENT) : first].float())])
         layer.write(keys[:, :, first:], values[:, :, first:])
     own = [measure(layers[reach].tensors(), layers[reach].values) for reach in reaches]
     shared = measure(scaled.shared(), 0)

@@ -36,12 +36,18 @@ class Context:
     padding: Tensor | None = None
     queries: Tensor | None = None
 
-    def times(self, layers: int) -> Context:
-        """The same for the rows of so many layers side by side."""
-        if layers == 1:
-            return self
-        tokens = None if self.tokens is None else self.tokens.repeat(layers, 1)
-        return Context(tokens, None if self.padding is None else self.padding.repeat(layers))
+    @property
+    def shapes(self) -> tuple[torch.Size | None, ...]:
+        """Of each tensor."""
+        return tuple(None if x is None else x.shape for x in (self.tokens, self.padding, self.queries))
+
+
+def together(known: Sequence[Context]) -> Context:
+    """What is known of all rows of several layers, side by side."""
+    if len(known) == 1:
+        return known[0]
+    each = zip(*((one.tokens, one.padding, one.queries) for one in known), strict=True)
+    return Context(*(None if x[0] is None else torch.cat(x) for x in each))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ side, since each kernel costs as much to launch for one layer's page as for all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from argus.blocks import EXACT, payload_of
 from argus.engine import LayerCache
 from argus.errors import ArgusError
 from argus.exact import add_tokens
-from argus.moves import Context, bear, recode, routes, weigh
+from argus.moves import Context, bear, recode, routes, together, weigh
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
@@ -30,6 +30,7 @@ class Turn:
     Attributes
     ----------
     layer : LayerCache
+    known : Context
     targets : list of int
         The stage of each page, oldest first, those that leave the window last.
     weights : list of float
@@ -37,6 +38,7 @@ class Turn:
     """
 
     layer: LayerCache
+    known: Context
     targets: list[int]
     weights: list[float]
 
@@ -46,18 +48,17 @@ class Turn:
         layer = self.layer
         dtypes = tuple(x.dtype for part in layer.window.parts() for x in part)
         place = (layer.home, layer.shape, layer.value_dim, dtypes, layer.window.start, layer.forgotten)
-        return (id(layer.plan), place, tuple(layer.where), tuple(self.targets))
+        return (id(layer.plan), place, self.known.shapes, tuple(layer.where), tuple(self.targets))
 
 
-def age(layers: Iterable[LayerCache], known: Context | None = None) -> None:
+def age(layers: Sequence[LayerCache], known: Sequence[Context] = ()) -> None:
     """Let full pages leave the windows of `layers`, and every page move to its stage.
 
     Parameters
     ----------
-    layers : iterable of LayerCache
-        Those of one device.
-    known : Context or None
-        What is known of the tokens of each; with queries only for one layer.
+    layers : sequence of LayerCache
+    known : sequence of Context
+        What is known of each; none: nothing is.
 
     Raises
     ------
@@ -66,21 +67,20 @@ def age(layers: Iterable[LayerCache], known: Context | None = None) -> None:
     ArgusError
         If a policy or a tier answers with what its contract does not allow.
     """
-    known = known or Context()
     alike: dict[Hashable, list[Turn]] = defaultdict(list)
     asked: dict[Hashable, list[int]] = {}
-    for layer in layers:
+    for layer, own in zip(layers, known or [Context()] * len(layers), strict=True):
         if not layer.due:
             layer.window.settle()
             continue
         with torch.cuda.device(layer.home):
-            turn = decide(layer, known, asked)
+            turn = decide(layer, own, asked)
         alike[turn.kind].append(turn)
     for turns in alike.values():
         at_once = max(1, turns[0].layer.plan.block_pages // max(1, len(turns[0].weights)))
         for begin in range(0, len(turns), at_once):
             with torch.cuda.device(turns[0].layer.home):
-                take(turns[begin : begin + at_once], known)
+                take(turns[begin : begin + at_once])
 
 
 def decide(layer: LayerCache, known: Context, asked: dict[Hashable, list[int]]) -> Turn:
@@ -94,7 +94,7 @@ def decide(layer: LayerCache, known: Context, asked: dict[Hashable, list[int]]) 
     key = (id(layer.plan), first, stages, weights)
     if key not in asked:
         asked[key] = targets_of(layer.plan, stages, weights, first)
-    return Turn(layer, asked[key], new)
+    return Turn(layer, known, asked[key], new)
 
 
 def targets_of(plan: Plan, stages: Sequence[int | None], weights: Sequence[float], first: int) -> list[int]:
@@ -105,9 +105,10 @@ def targets_of(plan: Plan, stages: Sequence[int | None], weights: Sequence[float
     return list(targets)
 
 
-def take(turns: Sequence[Turn], known: Context) -> None:
+def take(turns: Sequence[Turn]) -> None:
     """Move the pages of layers that are alike, as one of them is told."""
     layers, plan = [turn.layer for turn in turns], turns[0].layer.plan
+    known = together([turn.known for turn in turns])
     moved = len(turns[0].targets) - len(turns[0].weights)
     at_once = max(1, plan.block_pages // len(turns))
     for layer in layers:
@@ -147,7 +148,7 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
     oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
     keys, values = (gate(to_pages(x[0] if len(layers) == 1 else torch.cat(x), size)) for x in oldest)
-    born = bear(one.plan, keys, values, targets, start, known.times(len(layers)))
+    born = bear(one.plan, keys, values, targets, start, known)
     for layer in layers:
         for role in ROLES:
             # Rows of numbers are found by their page: none may be left out.

@@ -142,7 +142,7 @@ def grow(layer: LayerCache, keys: Tensor, values: Tensor, chunk: int | None = No
     for begin in range(0, steps, chunk or steps):
         end = min(begin + (chunk or steps), steps)
         layer.write(keys[:, :, begin:end], values[:, :, begin:end])
-        age([layer], text)
+        age([layer], [text] if text else ())
 
 
 def reachable(thing: Any, skip: Sequence[Any] = ()) -> Iterator[Tensor]:

@@ -75,7 +75,7 @@ def test_answers_are_those_of_all_tokens(name: str, reach: int) -> None:
             alike(layers, reach, steps)
         newest = queries(seed, 4, batch=2).unflatten(1, (2, -1)).flatten(2, 3)
         for layer in layers:
-            age([layer], Context(queries=newest))
+            age([layer], [Context(queries=newest)])
         assert layers[0].length == layers[1].length
     assert layers[0].forgotten > 10
     assert layers[0].window.start == layers[1].window.start

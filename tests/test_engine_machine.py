@@ -125,7 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         where = list(self.layer.where)
         leaves = len(self.layer.window) >= self.plan.most
         before = self.readings() if leaves else []
-        age([self.layer], Context(self.ids, self.padding))
+        age([self.layer], [Context(self.ids, self.padding)])
         assert (len(self.layer.where) > len(where)) == leaves
         if leaves:
             self.check_moves(before)

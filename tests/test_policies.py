@@ -256,7 +256,7 @@ def test_salience_keeps_the_tokens_that_are_asked_for():
     keys, values, wanted = asked_for(37)
     layer = make_layer(("int2",), anchors={"salience": {"share": 1 / 80}}, block_pages=20)
     layer.write(keys, values)
-    age([layer], Context(queries=wanted))
+    age([layer], [Context(queries=wanted)])
     assert layer.exact.positions is not None
     assert (layer.exact.positions == 37).all()
     assert layer.exact.positions.shape == (1, HEADS, 1)
@@ -274,7 +274,7 @@ def test_salient_pages_stay_in_the_first_stage_whatever_their_age():
     keys, values, wanted = asked_for(19)
     layer = make_layer(("fp16", "int2"), {"fp16": 16}, aging="salience", block_pages=3)
     layer.write(keys, values)
-    age([layer], Context(queries=wanted))
+    age([layer], [Context(queries=wanted)])
     assert len(layer.where) == 10
     assert layer.where.count(0) == 2
     assert layer.where[2] == 0
@@ -283,7 +283,7 @@ def test_salient_pages_stay_in_the_first_stage_whatever_their_age():
     assert len(layer.salience) == len(layer.where) == 5
     more = tokens(7, 24)
     layer.write(*more)
-    age([layer], Context(queries=wanted))
+    age([layer], [Context(queries=wanted)])
     assert layer.where[2] == 0
     assert layer.where.count(0) <= 2
 

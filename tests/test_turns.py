@@ -23,6 +23,7 @@ LADDERS: dict[str, dict[str, Any]] = {
     "eight": {"order": ("int4",), "anchors": ANCHORS, "kept": "int8"},
     "cascade": {"order": SEVEN[2:5], "capacities": {"int8": 8, "int4": 16}, "encode": "cascade"},
     "slack": {"order": SEVEN[2:4], "capacities": {"int8": 16}, "slack": 16, "anchors": ANCHORS, "block_pages": 9},
+    "queries": {"order": SEVEN[2:4], "capacities": {"int8": 16}, "anchors": {"salience": {"share": 0.1}}},
     "outliers": {"order": SEVEN[3:5], "capacities": {"int4": 16}, "outliers": "topk", "anchors": ANCHORS},
 }
 
@@ -32,9 +33,11 @@ def layers_of(options: dict[str, Any], count: int = 3, reach: int | None = None)
     return [LayerCache(plan, reach) for _ in range(count)]
 
 
-def fed(layers: list[LayerCache], steps: int, seed: int, take: Callable[[list[LayerCache], Context], None]) -> None:
-    """Write other tokens to each layer, one at a time, of two rows."""
-    known = Context(torch.arange(1000).remainder(9).repeat(2, 1), torch.tensor([0, 3]))
+def fed(layers: list[LayerCache], steps: int, seed: int, take: Callable[[list[LayerCache], list[Context]], None]) -> None:
+    """Write other tokens to each layer, one at a time, of two rows, and ask other queries of each."""
+    words, padding = torch.arange(1000).remainder(9).repeat(2, 1), torch.tensor([0, 3])
+    asked = [tokens(seed + 100 + place, 4, batch=2)[0] for place in range(len(layers))]
+    known = [Context(words, padding, queries) for queries in asked]
     given = [tokens(seed + place, steps, batch=2) for place in range(len(layers))]
     for step in range(steps):
         for layer, pair in zip(layers, given, strict=True):
@@ -42,9 +45,9 @@ def fed(layers: list[LayerCache], steps: int, seed: int, take: Callable[[list[La
         take(layers, known)
 
 
-def each(layers: list[LayerCache], known: Context) -> None:
-    for layer in layers:
-        age([layer], known)
+def each(layers: list[LayerCache], known: list[Context]) -> None:
+    for layer, own in zip(layers, known or [Context()] * len(layers), strict=True):
+        age([layer], [own])
 
 
 def alike(one: LayerCache, other: LayerCache) -> None:
@@ -71,12 +74,23 @@ def test_together_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     together, alone = layers_of(options), layers_of(options)
     sizes = []
     take = turns.take
-    monkeypatch.setattr(turns, "take", lambda found, known: (sizes.append(len(found)), take(found, known)))
+    monkeypatch.setattr(turns, "take", lambda found: (sizes.append(len(found)), take(found)))
     fed(together, 90, 1, age)
     assert set(sizes) == {3}
     sizes.clear()
     fed(alone, 90, 1, each)
     assert set(sizes) == {1}
+    for one, other in zip(together, alone, strict=True):
+        alike(one, other)
+
+
+def test_pages_that_queries_ask_for() -> None:
+    """Each layer's pages go where its own queries say, which need not be where those of others go."""
+    options = {"order": SEVEN[3:5], "capacities": {"int4": 24}, "aging": "salience", "block_pages": 16}
+    together, alone = layers_of(options), layers_of(options)
+    fed(together, 90, 1, age)
+    fed(alone, 90, 1, each)
+    assert len({tuple(layer.where) for layer in together}) > 1
     for one, other in zip(together, alone, strict=True):
         alike(one, other)
 
@@ -91,8 +105,7 @@ def test_layers_that_are_not_alike() -> None:
         fed(layers[:1], 17, 5, take)
         for layer, rows in zip(layers, (2, 2, 2, 1), strict=True):
             layer.write(*tokens(3, 50, batch=rows))
-        take(layers[:3], Context())
-        take(layers[3:], Context())
+        take(layers, [])
         made.append(layers)
     assert made[0][2].forgotten
     for one, other in zip(*made, strict=True):
@@ -105,9 +118,9 @@ def test_no_more_pages_at_once_than_a_block(monkeypatch: pytest.MonkeyPatch) -> 
     sizes = []
     take = turns.take
 
-    def count(found: list[turns.Turn], known: Context) -> None:
+    def count(found: list[turns.Turn]) -> None:
         sizes.append(len(found) * len(found[0].weights))
-        take(found, known)
+        take(found)
 
     monkeypatch.setattr(turns, "take", count)
     for layer in layers:

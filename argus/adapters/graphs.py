@@ -235,9 +235,8 @@ class Steps:
         begun, again = alike and self._stands(layers), alike and self.graph is not None
         if not begun and not self._begin(model, forward, inputs, mask, layers):
             return None
-        # After the last token that there is room for pages move, which must neither be recorded nor need queries.
-        last = 1 if self.graph is None or layers[0].plan.needs_queries else 0
-        if min(layer.room for layer in layers) <= last:
+        # After the last token that there is room for pages move, which must not be recorded.
+        if min(layer.room for layer in layers) <= (self.graph is None):
             return None
         self._place(inputs, mask, layers)
         call = partial(self._call, forward, given["past_key_values"], layers)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -20,7 +18,6 @@ from argus.adapters.transcript import Transcript
 from argus.budget import Shape, meet
 from argus.build import build
 from argus.config import CacheConfig, load_cache_config
-from argus.engine import LayerCache
 from argus.errors import ArgusError, ModelError
 from argus.ledger import Ledger, measure
 from argus.plan import Plan
@@ -155,12 +152,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
 
     def age(self) -> None:
         """Let pages move that are due after a step which was replayed; others let them move themselves."""
-        due: dict[torch.device, list[LayerCache]] = defaultdict(list)
-        for layer in self.layers:
-            if layer.engine.due:
-                due[next(iter(layer.engine.window.tensors())).device].append(layer.engine)
-        for device, engines in due.items():
-            age(engines, self.transcript.context(device))
+        due = [layer for layer in self.layers if layer.engine.due]
+        age([layer.engine for layer in due], [layer.known() for layer in due])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -180,6 +173,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
         """Every tensor held, each with what it is for."""
         for layer in self.layers:
             yield from layer.engine.tensors()
+            if layer.recent is not None:
+                yield "index", layer.recent
         yield from self.plan.shared()
         for tensor in self.plan.backend.tensors():
             yield "index", tensor

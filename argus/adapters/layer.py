@@ -15,6 +15,7 @@ from argus.adapters.transcript import Transcript
 from argus.attention import Query
 from argus.engine import LayerCache
 from argus.errors import ModelError
+from argus.moves import Context
 from argus.plan import Plan
 from argus.policies.base import RECENT
 from argus.turns import age
@@ -53,7 +54,16 @@ def repeated(batch: int, repeats: int) -> Tensor:
 
 
 class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's cache: ``update`` returns the layer itself, and the attention function asks it."""
+    """One layer's cache: ``update`` returns the layer itself, and the attention function asks it.
+
+    Attributes
+    ----------
+    engine : LayerCache
+    transcript : Transcript
+        The cache's.
+    recent : Tensor or None
+        ``[B, H, R, D]`` float32, the newest queries, where a policy asks for them: written by each replay of a recorded step.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -64,6 +74,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.engine = LayerCache(plan, reach)
         self.transcript = transcript
+        self.recent: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -127,14 +138,17 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        age([self.engine], self.transcript.context(query.device, self._recent(module, query, scale)))
+        recorded = self.engine.window.place is not None
+        if self.engine.plan.needs_queries and (recorded or self.engine.due):
+            self.recent = Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
+        age([self.engine], [self.known()])
+        if not recorded:
+            self.recent = None
         return out.contiguous()
 
-    def _recent(self, module: Any, query: Tensor, scale: float) -> Tensor | None:
-        """The newest queries ``[B, H, R, D]``, if pages leave the window now and a policy asks for them."""
-        if not self.engine.due or not self.engine.plan.needs_queries:
-            return None
-        return Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
+    def known(self) -> Context:
+        """What pages that leave the window now are told."""
+        return self.transcript.context(next(iter(self.engine.window.tensors())).device, self.recent)
 
     def get_seq_length(self) -> int:
         return self.engine.length
@@ -151,6 +165,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.engine.reset()
+        self.recent = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
