@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -122,18 +123,29 @@ def check_rows(rows: list[dict]) -> None:
         assert row["cache_bytes"] > 0
 
 
-def test_sweep(model, tmp_path):
+def swept_words(model: Path) -> list[str]:
+    """A small task, its sweep in the folder `out`."""
+    words = ["task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
+    return [*words, "task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
+
+
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory) -> tuple[Path, str]:
+    """Where a sweep of two ladders ended, and what it said. Tests only read there."""
+    folder = tmp_path_factory.mktemp("swept")
+    done = argus("-m", "tiers=int8,int4", *swept_words(model), cwd=folder)
+    return folder / "out", done.stdout
+
+
+def test_sweep(swept):
     """Two ladders: a report each, and one table and one picture of both."""
-    words = ["-m", "tiers=int8,int4", "task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
-    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
-    done = argus(*words, cwd=tmp_path)
-    out = tmp_path / "out"
+    out, said = swept
     reports = [json.loads((out / str(i) / "report.json").read_text(encoding="utf-8")) for i in (0, 1)]
     assert [report["config"]["tiers"]["order"] for report in reports] == [["int8"], ["int4"]]
     bits = [report["rows"][1]["bits_per_value"] for report in reports]
     assert bits[1] < bits[0] < 16
     assert is_picture(out / "pareto.png")
-    lines = done.stdout.splitlines()
+    lines = said.splitlines()
     summary = lines[lines.index(next(line for line in lines if "best" in line and "run" in line)) :]
     for name, figure in (("tiers=int8", bits[0]), ("tiers=int4", bits[1])):
         assert any(name in line and f"{figure:.2f}" in line for line in summary)
@@ -141,11 +153,10 @@ def test_sweep(model, tmp_path):
         assert json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_a_sweep_goes_on_where_it_stopped(model, tmp_path):
+def test_a_sweep_goes_on_where_it_stopped(model, swept, tmp_path):
     """What has its report is not run again; what is missing, cut off or of other overrides is; the table has all of it."""
-    words = ["task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
-    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
-    argus("-m", "tiers=int8,int4", *words, cwd=tmp_path)
+    words = swept_words(model)
+    copytree(swept[0], tmp_path / "out")
     paths = [tmp_path / "out" / str(number) / "report.json" for number in (0, 1)]
     kept = [path.read_bytes() for path in paths]
     paths[1].unlink()
@@ -182,8 +193,7 @@ main()
 
 def test_an_exception_in_a_run_of_a_sweep_stops_no_other(model, tmp_path):
     """Its traceback is kept until the run is done."""
-    words = ["-m", "tiers=int4,int8", "task=perplexity", "model=hf", f"model.id={model}", *SHORT, "hydra.sweep.dir=out"]
-    words += ["task.context=120", "task.scored=8", "task.windows=1", "task.decoded=2"]
+    words = ["-m", "tiers=int4,int8", *swept_words(model)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FAULTY.format(words=words)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

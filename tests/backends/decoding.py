@@ -59,7 +59,7 @@ class Case:
         value: object,
         page: int = 64,
         dim: int = 64,
-        counts: tuple[int, ...] = (3, 2),
+        counts: tuple[int, ...] = (2, 1),
         batch: int = 2,
         heads: int = 2,
         groups: int = 2,

@@ -48,7 +48,6 @@ PAIRS = [
     ("int2", "plain"),
     ("fp8", "fp8"),
     ("fp8-token", "fp8-token"),
-    ("fp8", "fp8-token"),
 ]
 
 
@@ -83,9 +82,10 @@ def test_page_sizes(page: int, key: str, value: str) -> None:
     Case(FORMS[key], FORMS[value], page=page, exact=True, seed=page).check()
 
 
-@pytest.mark.parametrize(("groups", "steps"), [(1, 1), (3, 2), (4, 1), (4, 8), (7, 1), (8, 8)])
-def test_groups_and_steps(groups: int, steps: int) -> None:
-    Case(FORMS["int4"], FORMS["int2-token"], counts=(2,), batch=1, groups=groups, steps=steps, seed=groups).check()
+@pytest.mark.parametrize(("heads", "groups", "steps"), [(2, 1, 1), (2, 3, 2), (2, 4, 1), (2, 4, 8), (2, 7, 1), (1, 8, 8)])
+def test_groups_and_steps(heads: int, groups: int, steps: int) -> None:
+    sizes = {"batch": 1, "heads": heads, "groups": groups, "steps": steps}
+    Case(FORMS["int4"], FORMS["int2-token"], counts=(2,), **sizes, seed=groups).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -99,7 +99,7 @@ def test_exact_dtypes(dtype: torch.dtype) -> None:
     [(32, torch.float16, 1), (48, torch.bfloat16, 1), (80, torch.float16, 9), (96, torch.float16, 1), (112, torch.float16, 1)],
 )
 def test_tokens_of_16_bits_of_other_head_dims(dim: int, dtype: torch.dtype, pages: int) -> None:
-    case = Case(Plain(), Plain(), dim=dim, dtype=dtype, exact=True, groups=3, counts=(pages,), batch=2, seed=dim)
+    case = Case(Plain(), Plain(), dim=dim, dtype=dtype, exact=True, groups=3, counts=(pages,), batch=1, seed=dim)
     [run] = case.backend.tables.of(case.segments).runs
     assert [launch.job_of(case.query, part).share for part in (run, *case.dense)] == ["pages", "dense", "dense"]
     case.check()
@@ -145,7 +145,7 @@ def test_masks(kind: str, steps: int) -> None:
 
 @pytest.mark.parametrize(("dim", "steps"), [(64, 1), (72, 1), (80, 1), (96, 1), (128, 3)])
 def test_anchors_in_eight_bits(dim: int, steps: int) -> None:
-    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, exact=True, steps=steps)
+    case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, counts=(1,), exact=True, steps=steps)
     part = case.dense.pop()
     (keys, key_scale), (values, value_scale) = (to_eight(x.float() * 3) for x in (part.keys, part.values))
     coded = Dense(keys, values, 0, part.last, part.positions, True, (key_scale, value_scale))
@@ -173,9 +173,8 @@ def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch
     want = case.backend.attend(case.query, case.segments, [part])
     got = case.backend.attend(case.query, case.segments, [counted])
     oracle = CpuBackend().attend(case.query, case.segments, [counted])
-    for other in (want, oracle):
+    for other in (want, oracle, case.expected(case.query)):
         assert float((got - other).norm() / other.norm()) <= BOUND
-    case.check()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_what_can_be_recorded(dim: int, dtype: torch.dtype, known: bool) -> None
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:
-    case = Case(FORMS["int4"], FORMS["int4-token"])
+    case = Case(FORMS["int4"], FORMS["int4-token"], counts=(2,))
     mask = torch.zeros(2, 1, 1, case.length, dtype=torch.bool, device=DEVICE)
     mask[1] = True
     q = case.query
@@ -238,7 +237,7 @@ def test_large_scores_stay_exact() -> None:
 
 
 def test_what_no_kernel_reads_is_decoded() -> None:
-    case = Case(FORMS["int4"], FORMS["int2-token"], exact=True)
+    case = Case(FORMS["int4"], FORMS["int2-token"], counts=(1, 1), exact=True)
     unknown = SimpleNamespace(form=lambda role: None, decode=case.tiers[0].decode)
     segment = case.segments[1]
     case.segments[1] = Segment(
@@ -287,38 +286,38 @@ def test_compiling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_tables_follow_the_pages() -> None:
-    case = Case(FORMS["int4"], FORMS["int4-token"])
+    case = Case(FORMS["int4"], FORMS["int4-token"], batch=1, heads=1)
     case.check()
     held = case.backend.tables
     assert case.backend.tables.of(case.segments) is held.of(case.segments)
     shorter = case.segments[:1]
-    assert held.of(shorter).runs[0].pages == 3
+    assert held.of(shorter).runs[0].pages == 2
     del shorter
     case.segments.clear()
     assert not held.tensors()
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("key", "value", "ratio", "dim"),
+    ("key", "value", "ratio", "dim", "masked"),
     [
-        ("int4-token", "int4-token", 4, 64),
-        ("int4-token", "int4-token", 4, 128),
-        ("int4-token", "int4-token", 8, 128),
-        ("int4-token", "int4-token", 16, 64),
-        ("plain", "int2-token", 2, 64),
-        ("int4-token", "int4-token", 4, 96),
-        ("int4-token", "int4-token", 8, 80),
-        ("int4-token", "int4-token", 4, 48),
-        ("int4-token", "int4-token", 16, 112),
-        ("int4-token", "int3-token", 32, 80),
+        ("int4-token", "int4-token", 4, 64, False),
+        ("int4-token", "int4-token", 4, 64, True),
+        ("int4-token", "int4-token", 4, 128, False),
+        ("int4-token", "int4-token", 8, 128, True),
+        ("int4-token", "int4-token", 16, 64, False),
+        ("plain", "int2-token", 2, 64, True),
+        ("int4-token", "int4-token", 4, 96, True),
+        ("int4-token", "int4-token", 8, 80, False),
+        ("int4-token", "int4-token", 4, 48, False),
+        ("int4-token", "int4-token", 16, 112, True),
+        ("int4-token", "int3-token", 32, 80, False),
     ],
 )
 def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: bool) -> None:
     case = Case(Plain(), Plain(), dim=dim)
     tiers = [KeptProjection(case.backend, FORMS[form], ratio != 8, ratio) for form in (key, value)]
     case.segments = []
-    for first, count in ((0, 3), (3, 2)):
+    for first, count in ((0, 2), (2, 1)):
         keys, values = (tier.encode(case.random(count, 2, 2, 64, dim)) for tier in tiers)
         positions = (torch.arange(count) + first).to(DEVICE) * 64
         marks = case.random(count, 2, 2, 64) > 1.0 if masked else None
@@ -331,8 +330,14 @@ def test_projected_pages(key: str, value: str, ratio: int, dim: int, masked: boo
     case.check(Query(case.query.rows * 3, case.query.start, 1, mask))
 
 
-@pytest.mark.parametrize(("dim", "page", "capped"), [(64, 64, True), (128, 64, False), (64, 128, False)])
-@pytest.mark.parametrize("kind", ["plain", "marks", "mask", "additive"])
+@pytest.mark.parametrize(
+    ("dim", "page", "capped", "kind"),
+    [
+        *((64, 64, True, kind) for kind in ("plain", "marks", "mask", "additive")),
+        *((128, 64, False, kind) for kind in ("marks", "additive")),
+        *((64, 128, False, kind) for kind in ("plain", "mask")),
+    ],
+)
 def test_stages_with_few_pages(dim: int, page: int, capped: bool, kind: str) -> None:
     """Codes of any width in one table, read by one kernel."""
     case = Case(Plain(), Plain(), dim=dim, page=page, counts=(4,), steps=2)
