@@ -42,12 +42,19 @@ class Context:
         return tuple(None if x is None else x.shape for x in (self.tokens, self.padding, self.queries))
 
 
-def together(known: Sequence[Context]) -> Context:
-    """What is known of all rows of several layers, side by side."""
-    if len(known) == 1:
-        return known[0]
-    each = zip(*((one.tokens, one.padding, one.queries) for one in known), strict=True)
-    return Context(*(None if x[0] is None else torch.cat(x) for x in each))
+def together(known: Sequence[Context], start: int) -> Context:
+    """What is known of all rows of several layers, side by side; tokens from position `start` on."""
+    return Context(
+        joined([None if one.tokens is None else one.tokens[:, start:] for one in known]),
+        joined([one.padding for one in known]),
+        joined([one.queries for one in known]),
+    )
+
+
+def joined(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """All rows as one tensor, where there are any."""
+    found = [x for x in rows if x is not None]
+    return torch.cat(found) if len(found) > 1 else found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,10 @@ def routes(where: Sequence[int], targets: Sequence[int], first: int) -> list[tup
 
 
 def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start: int, known: Context) -> Born:
-    """Encode pages ``[n, B, H, P, D]`` whose first token has position `start`, each straight for its stage in `targets`."""
+    """Encode pages ``[n, B, H, P, D]`` whose first token has position `start`, each straight for its stage in `targets`.
+
+    The tokens that are `known` are those from `start` on.
+    """
     kept = chosen_tokens(plan, keys, values, start, known)
     outlying: dict[Role, Tensor] = {}
     rests = {}
@@ -129,10 +139,9 @@ def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: C
     n, batch, heads, size, _ = keys.shape
     taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
     padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
-    tokens = None if known.tokens is None else known.tokens[:, start:]
     numbers = torch.arange(start, start + n * size, device=keys.device).view(n, size)
     for policy in plan.anchors:
-        chosen = policy.choose(NewPages(keys, values, numbers, padding, tokens, taken, known.queries))
+        chosen = policy.choose(NewPages(keys, values, numbers, padding, known.tokens, taken, known.queries))
         check_chosen(chosen, taken.shape, policy)
         taken = taken | chosen
     return taken

@@ -108,7 +108,6 @@ def targets_of(plan: Plan, stages: Sequence[int | None], weights: Sequence[float
 def take(turns: Sequence[Turn]) -> None:
     """Move the pages of layers that are alike, as one of them is told."""
     layers, plan = [turn.layer for turn in turns], turns[0].layer.plan
-    known = together([turn.known for turn in turns])
     moved = len(turns[0].targets) - len(turns[0].weights)
     at_once = max(1, plan.block_pages // len(turns))
     for layer in layers:
@@ -116,6 +115,7 @@ def take(turns: Sequence[Turn]) -> None:
     move(layers, turns[0].targets[:moved], at_once)
     for begin in range(0, len(turns[0].weights), at_once):
         end = min(begin + at_once, len(turns[0].weights))
+        known = together([turn.known for turn in turns], layers[0].window.start)
         leave_window(layers, turns[0].targets[moved + begin : moved + end], known)
         for turn in turns:
             turn.layer.salience += turn.weights[begin:end]

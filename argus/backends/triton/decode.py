@@ -82,7 +82,7 @@ def _finish(out_ptr, lse_ptr, slot, row, ch, m, total, acc, R, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=(
-    "pages", "per_split", "first_slot", "slots", "heads", "R", "S", "start", "mask_batch", "mask_head", "mask_step", "mask_key",
+    "pages", "first_slot", "slots", "heads", "R", "S", "start", "mask_batch", "mask_head", "mask_step", "mask_key",
     "k_first", "v_first",
 ))  # fmt: skip
 def _pages_kernel(

@@ -96,8 +96,7 @@ def _decode_kernel(
 
     counts: of each part its first program, its programs a head, its first slot and its units of work, as ``launch.odd`` makes
     them; side by side, since every program reads them all. Of a part with room a page's units, and where the number of pages
-    lies. jobs: of each part what its share takes, which share that is, and
-    its constants.
+    lies. jobs: of each part what its share takes, which share that is, and its constants.
     """
     if EARLY:
         gdc_launch_dependents()
