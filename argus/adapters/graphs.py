@@ -119,6 +119,11 @@ def same_kind(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
     return True
 
 
+def same(now: Held, before: Held) -> bool:
+    """Whether a layer holds what it held, where it did."""
+    return all(one is other for one, other in zip(now, before, strict=True))
+
+
 def hiding(layers: Sequence[LayerCache]) -> set[int | None]:
     """The reaches of layers where some token is out of reach before pages move again."""
     return {layer.reach for layer in layers if layer.reach is not None and layer.reach < layer.length + layer.room}
@@ -272,9 +277,7 @@ class Steps:
         if len(self.held) != len(layers):
             return False
         held = [layer.held() for layer in layers]
-        if all(
-            one is other for now, before in zip(held, self.held, strict=True) for one, other in zip(now, before, strict=True)
-        ):
+        if all(map(same, held, self.held)):
             return True
         if self.graph is None or self.place is None or self.place.masks or hiding(layers):
             return False

@@ -47,7 +47,7 @@ def compiled_for(run: Run) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Kept:
     """Tables of a list of segments, as long as these are alive."""
 
     segments: tuple[weakref.ref[Segment], ...]
@@ -63,7 +63,7 @@ class Shelf:
     """Tables by the first of their segments."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, Kept] = {}
 
     def find(self, segments: Sequence[Segment]) -> Pages | None:
         """The tables of `segments`, if they were kept and no others since."""
@@ -74,7 +74,7 @@ class Shelf:
         """Keep the tables of `segments` while the first of these is alive."""
         key = id(segments[0])
         forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
-        self._held[key] = Held((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
+        self._held[key] = Kept((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
 
     def runs(self) -> list[Run]:
         """Every run kept."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from argus.backends.cpu import CpuBackend  # noqa: E402
 from argus.backends.triton import launch  # noqa: E402
 from argus.backends.triton.backend import TritonBackend  # noqa: E402
 from argus.tiers.base import Tools  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[3]))
 from tests.backends.decoding import assembly, spiked  # noqa: E402
 
 __all__ = ["assembly"]
