@@ -393,7 +393,13 @@ class ScoresQueries(Sinks):
         return super().choose(pages) if pages.queries is None else pages.queries.mean(2)
 
 
-@pytest.mark.parametrize("kind", [Marks, Scores, NeedsIds, Mute, MarksQueries, ScoresQueries])
+class RowsTogether(Sinks):
+    def choose(self, pages):
+        size = pages.keys.norm(dim=-1)
+        return size >= size.amax((0, 1), keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Marks, Scores, NeedsIds, Mute, MarksQueries, ScoresQueries, RowsTogether])
 def test_broken_anchors_are_caught(kind):
     with pytest.raises(ContractError, match=kind.__name__):
         check_anchors(kind)
@@ -415,7 +421,13 @@ class Numbers(Sigma):
         return 3
 
 
-@pytest.mark.parametrize("kind", [AllPages, Sometimes, Numbers])
+class AllRows(Sigma):
+    def choose(self, x, role):
+        mean, sigma = x.mean((1, 2, 3, 4), keepdim=True), x.std((1, 2, 3, 4), unbiased=False, keepdim=True)
+        return (x - mean).abs() > 2 * sigma
+
+
+@pytest.mark.parametrize("kind", [AllPages, AllRows, Sometimes, Numbers])
 def test_broken_outliers_are_caught(kind):
     with pytest.raises(ContractError, match=kind.__name__):
         check_outliers(kind)

@@ -62,6 +62,8 @@ class TextFacts:
 class NewPages:
     """Pages that have just left the window, exact still.
 
+    Batch rows may be those of several layers side by side, so each is chosen for by itself.
+
     Attributes
     ----------
     keys, values : Tensor

@@ -109,8 +109,8 @@ def check_anchors(kind: type[Anchors], *, config: Mapping[str, Any] | None = Non
     """Check that an anchor policy keeps its contract.
 
     Its choice is bool and fits ``[n, B, H, P]``, is the same when asked again, touches neither what it looks at nor global
-    random states, and can be made with and without token ids, with padding, with tokens taken already, and from constant
-    keys and values; where it asks for queries, with them and without.
+    random states, keeps a batch row's choice apart from the others', and can be made with and without token ids, with padding,
+    with tokens taken already, and from constant keys and values; where it asks for queries, with them and without.
 
     Parameters
     ----------
@@ -145,6 +145,22 @@ def check_anchors(kind: type[Anchors], *, config: Mapping[str, Any] | None = Non
             for choice in (found, again):
                 require_choice(words, choice, shape[:4])
             words.require(same(found, again), "chooses otherwise when asked again")
+            # Among equal tokens a choice may fall on any.
+            if "constant" not in name and "every token" not in name:
+                whole = found.expand(shape[:4])
+                for row in range(shape[1]):
+                    alone = kind(options(kind, config), text).choose(row_of(pages, row))  # type: ignore[arg-type]
+                    kept = same(alone.expand(shape[0], 1, *shape[2:4]), whole[:, row : row + 1])
+                    words.require(kept, "a batch row's choice depends on the others")
+
+
+def row_of(pages: NewPages, row: int) -> NewPages:
+    """One batch row of pages."""
+    keys, values, taken = (x[:, row : row + 1].contiguous() for x in (pages.keys, pages.values, pages.taken))
+    padding, tokens, queries = (
+        None if x is None else x[row : row + 1].contiguous() for x in (pages.padding, pages.tokens, pages.queries)
+    )
+    return NewPages(keys, values, pages.positions, padding, tokens, taken, queries)  # type: ignore[arg-type]
 
 
 def new_pages(shape: tuple[int, ...]) -> list[tuple[str, NewPages]]:
@@ -193,7 +209,8 @@ def check_outliers(kind: type[Outliers], *, config: Mapping[str, Any] | None = N
     """Check that an outlier policy keeps its contract.
 
     Its choice is bool of the pages' shape (or None, then always), is the same when asked again, leaves the pages and global
-    random states alone, keeps a page's choice apart from its neighbours', and takes constant and extreme numbers.
+    random states alone, keeps the choice of a page and of a batch row apart from the others', and takes constant and extreme
+    numbers.
 
     Raises
     ------
@@ -230,6 +247,9 @@ def check_outliers(kind: type[Outliers], *, config: Mapping[str, Any] | None = N
                     words.require(same(found, again), "chooses otherwise when asked again")
                     alone = ask(kind, config, pages[:1].contiguous(), role)
                     words.require(alone is not None and same(alone, found[:1]), "a page's choice depends on its neighbours")
+                    alone = ask(kind, config, pages[:, :1].contiguous(), role)
+                    kept = alone is not None and same(alone, found[:, :1])
+                    words.require(kept, "a batch row's choice depends on the others")
 
 
 def ask(kind: type[Outliers], config: Mapping[str, Any], pages: Tensor, role: str) -> Tensor | None:
