@@ -14,9 +14,10 @@ from argus.backends.base import Dense, Segment
 from argus.blocks import Blocks, payload_of
 from argus.errors import ArgusError
 from argus.exact import ExactNumbers, ExactTokens
-from argus.pages import Pool, Window
+from argus.pages import Pool
 from argus.plan import Plan
 from argus.tiers.base import ROLES, Role
+from argus.window import Window
 
 P = ParamSpec("P")
 R = TypeVar("R")

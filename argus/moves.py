@@ -12,10 +12,11 @@ from torch import Tensor
 
 from argus.blocks import EXACT
 from argus.errors import PluginError
-from argus.pages import Slab, Window, positions, smooth, to_pages
+from argus.pages import Slab, positions, smooth, to_pages
 from argus.plan import Plan
 from argus.policies.base import NewPages, check_chosen, salience
 from argus.tiers.base import ROLES, Role
+from argus.window import Window
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from argus.exact import EMPTY, ExactNumbers, ExactTokens, add_tokens
 from argus.ledger import measure, total_bytes
-from argus.pages import WINDOW_STEP, Pool, Slab, Window
+from argus.pages import Pool, Slab
+from argus.window import WINDOW_STEP, Window
 from tests.conftest import tokens
 
 RUN = settings(max_examples=80, deadline=None)

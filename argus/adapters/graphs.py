@@ -20,7 +20,7 @@ from torch import Tensor
 
 from argus.engine import Held, LayerCache
 from argus.errors import NotCompiledError
-from argus.pages import Place
+from argus.window import Place
 
 LOG = logging.getLogger(__name__)
 GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
