@@ -45,14 +45,13 @@ class Found:
 
 def find(segment: Segment) -> Found:
     """Look a segment up."""
-    reads = readable(segment)
-    starts, steps = places(segment) if reads else ([], [])
-    table = torch.zeros(0, FIELDS, dtype=torch.int64, device="cpu")
-    if reads:
-        first, step = torch.tensor([starts, steps], device="cpu")
-        table = first + step * torch.arange(len(segment.positions), device="cpu").unsqueeze(-1)
+    if not readable(segment):
+        return Found(False, shapes(segment), torch.zeros(0, FIELDS, dtype=torch.int64, device="cpu"), True)
+    starts, steps = places(segment)
+    first, step = torch.tensor([starts, steps], device="cpu")
+    table = first + step * torch.arange(len(segment.positions), device="cpu").unsqueeze(-1)
     told = (*starts[:-1], *(steps if len(table) > 1 else ()))
-    return Found(reads, shapes(segment), table, not any(number % 16 for number in told))
+    return Found(True, shapes(segment), table, not any(number % 16 for number in told))
 
 
 Find = Callable[[Segment], Found]
