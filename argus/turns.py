@@ -16,7 +16,7 @@ from argus.blocks import EXACT, payload_of
 from argus.engine import LayerCache
 from argus.errors import ArgusError
 from argus.exact import add_tokens
-from argus.moves import Context, bear, recode, routes, together, weigh
+from argus.moves import Context, bear, check_payload, recode, routes, together, weigh
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
@@ -132,8 +132,10 @@ def move(layers: Sequence[LayerCache], targets: Sequence[int], at_once: int) -> 
             block = pages[begin : begin + at_once]
             slab = side_by_side([layer.pools[source].take(block) for layer in layers])
             payload: Slab = {EXACT: slab[EXACT]} if EXACT in slab else {}
+            rows = sum(layer.shape[0] for layer in layers if layer.shape)
             for role in ROLES:
                 kept = recode(plan, source, target, payload_of(slab, role), role)
+                check_payload(kept, f"stage '{plan.stages[target].facts.name}' keeps {role}", (len(block), rows))
                 payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
             for layer, own in zip(layers, apart(payload, len(layers)), strict=True):
                 layer.pools[target].add(own, block)

@@ -67,6 +67,22 @@ def test_a_payload_without_its_pages_is_refused():
     assert not layer.where
 
 
+def test_a_payload_without_its_pages_is_refused_of_a_later_stage_too():
+    class Plugin:
+        @hookimpl
+        def argus_tiers(self):
+            return {"sums": Sums}
+
+    layer = make_layer(("int8", "sums"), {"int8": 16}, extra=[Plugin()])
+    keys, values = tokens(1, 40)
+    grow(layer, keys[:, :, :28], values[:, :, :28])
+    assert layer.where == [0, 0]
+    with pytest.raises(PluginError, match="stage 'sums' keeps keys.codes as"):
+        grow(layer, keys[:, :, 28:], values[:, :, 28:])
+    assert layer.where == [0, 0]
+    assert layer.length == 40
+
+
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
