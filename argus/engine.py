@@ -137,18 +137,32 @@ class LayerCache:
         self._leave_inference()
         self.shape, self.value_dim, self.home = shape, value_dim, keys.get_device()
         self.window.append(keys, values)
-        self.unsure = min(keys.shape[2], self.plan.page_size) if self.patient else 0
+        self._doubt(keys.shape[2])
 
-    def _leave_inference(self) -> None:
-        """Copy what is written in place, since what was made in inference mode may not be outside of it."""
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a recorded step writes, as :meth:`argus.window.Window.advance`."""
+        self.window.advance(tokens)
+        self._doubt(tokens)
+
+    def _doubt(self, tokens: int) -> None:
+        """Keep the newest tokens in the window where the next crop may take them back."""
+        self.unsure = min(tokens, self.plan.page_size) if self.patient else 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether what is held may be written in place: not outside of inference mode where it was made in it."""
         if torch.is_inference_mode_enabled():
-            return
+            return True
         written = (
             *self.window.tensors(),
             *self.exact.tensors(),
             *(next(iter(slab.values())) for pool in self.pools for slab in pool.slabs),
         )
-        if not any(tensor.is_inference() for tensor in written):
+        return not any(tensor.is_inference() for tensor in written)
+
+    def _leave_inference(self) -> None:
+        """Copy what is written in place, where it may not be."""
+        if self.writable:
             return
         self.window.map(torch.Tensor.clone)
         self.exact.map(torch.Tensor.clone)
@@ -205,6 +219,7 @@ class LayerCache:
 
     def reserve(self) -> None:
         """Have room for all tokens until pages move, and where they go then, as far as may be."""
+        self._leave_inference()
         self.window.reserve(self.plan.most)
         self.exact.reserve()
         self.plan.backend.reserve(self.segments())

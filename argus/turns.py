@@ -7,7 +7,7 @@ side, since each kernel costs as much to launch for one layer's page as for all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from argus.moves import Context, bear, check_payload, recode, routes, together, 
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
-from argus.tiers.base import ROLES, gate
+from argus.tiers.base import ROLES, Role, gate
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,7 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     keys, values = (gate(to_pages(x[0] if len(layers) == 1 else torch.cat(x), size)) for x in oldest)
     born = bear(one.plan, keys, values, targets, start, known)
     for layer in layers:
-        for role in ROLES:
-            # Rows of numbers are found by their page: none may be left out.
-            if held > layer.forgotten and (role in born.outlying) != (layer.outliers[role].rows is not None):
-                said = f"the outlier policy answers None for some pages of {role}, not for all"
-                raise ArgusError(f"{said}; allowed: always or never")
+        check_always(layer, born.outlying)
     # Tiers and policies may have raised before; from here on all is kept.
     if born.kept is not None:
         add_tokens([layer.exact for layer in layers], keys, values, start, born.kept)
@@ -171,6 +167,14 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     for layer in layers:
         layer.where += targets
         layer.window.drop(n * size)
+
+
+def check_always(layer: LayerCache, outlying: Mapping[Role, object]) -> None:
+    """Raise :class:`ArgusError` unless new pages of a role have outliers where those before them do: they are found by page."""
+    for role in ROLES:
+        if len(layer.where) > layer.forgotten and (role in outlying) != (layer.outliers[role].rows is not None):
+            said = f"the outlier policy answers None for some pages of {role}, not for all"
+            raise ArgusError(f"{said}; allowed: always or never")
 
 
 def side_by_side(slabs: Sequence[Slab]) -> Slab:

@@ -124,6 +124,11 @@ def same(now: Held, before: Held) -> bool:
     return all(one is other for one, other in zip(now, before, strict=True))
 
 
+def level(layers: Sequence[LayerCache]) -> bool:
+    """Whether all layers have the next token's place in common: not after a turn that was broken off between them."""
+    return len({len(layer.window) for layer in layers}) == 1
+
+
 def hiding(layers: Sequence[LayerCache]) -> set[int | None]:
     """The reaches of layers where some token is out of reach before pages move again."""
     return {layer.reach for layer in layers if layer.reach is not None and layer.reach < layer.length + layer.room}
@@ -183,6 +188,8 @@ class Steps:
         What was recorded, and the outputs that each replay writes; None before.
     place : Place or None
         Where each step finds what changes from step to step; None before.
+    inference : bool
+        Whether the last step was taken in inference mode.
     """
 
     def __init__(self) -> None:
@@ -199,6 +206,7 @@ class Steps:
         self.model: Any = None
         self.inputs: dict[str, Any] = {}
         self.padded = False
+        self.inference = torch.is_inference_mode_enabled()
         self.place: Place | None = None
         self.held: list[Held] = []
 
@@ -277,9 +285,16 @@ class Steps:
         if len(self.held) != len(layers):
             return False
         held = [layer.held() for layer in layers]
-        if all(map(same, held, self.held)):
+        unmoved, inference = all(map(same, held, self.held)), torch.is_inference_mode_enabled()
+        if unmoved and inference == self.inference:
             return True
-        if self.graph is None or self.place is None or self.place.masks or hiding(layers):
+        # What layers hold may have been made in inference mode since; the next turn writes to it.
+        if not all(layer.writable for layer in layers):
+            return False
+        self.inference = inference
+        if unmoved:
+            return True
+        if self.graph is None or self.place is None or self.place.masks or hiding(layers) or not level(layers):
             return False
         follows = all(layer.follow(before) for layer, before in zip(layers, self.held, strict=True))
         self.held = held
@@ -295,8 +310,7 @@ class Steps:
     ) -> bool:
         """Make room for steps until pages move; whether they can be recorded."""
         self.forget()
-        tokens = len(layers[0].window)
-        if not all(len(layer.window) == tokens and layer.recordable for layer in layers) or not alone(model, forward):
+        if not level(layers) or not all(layer.recordable for layer in layers) or not alone(model, forward):
             return False
         for layer in layers:
             layer.reserve()
@@ -324,7 +338,7 @@ class Steps:
                 if reach is not None:
                     seen[..., : max(0, length - reach)] = False
         for layer in layers:
-            layer.window.advance(1)
+            layer.advance(1)
 
     def _call(self, forward: Callable[..., Any], cache: Any, layers: Sequence[LayerCache]) -> Any:
         """Take the step at the places told."""

@@ -128,6 +128,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
         super().reset()
         self.broken = False
         self.transcript.forget()
+        if self.steps is not None:
+            self.steps.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop ``-tokens_to_remove`` tokens of every layer, or of none; a positive number is the length to keep (5.17)."""
@@ -144,6 +146,9 @@ class ArgusCache(Cache):  # type: ignore[misc]
         longer = [layer.engine for layer in self.layers if layer.engine.length > length]
         for engine in longer:
             engine.check_crop(length)
+        # A window that begins anew is not the one that was recorded: what steps hold of these pages goes with them.
+        if self.steps is not None and any(length < engine.window.start for engine in longer):
+            self.steps.forget()
         for engine in longer:
             engine.crop(length)
         for layer in self.layers:

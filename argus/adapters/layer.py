@@ -62,7 +62,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     transcript : Transcript
         The cache's.
     recent : Tensor or None
-        ``[B, H, R, D]`` float32, the newest queries, where a policy asks for them: written by each replay of a recorded step.
+        ``[B, H, R, D]`` float32, where a policy asks for them the queries of the recorded step taken last: each replay writes
+        them anew, whatever is taken as usual between.
     """
 
     is_sliding = False
@@ -138,17 +139,20 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             batch, heads = query.shape[:2]
             asked = Query.of(query, heads // module_groups(module), scale, length - steps, mask, softcap)
             out = self.engine.attend(asked, sinks).view(batch, heads, steps, -1).transpose(1, 2).to(query.dtype)
-        recorded = self.engine.window.place is not None
+        recent, recorded = None, self.engine.window.place is not None
         if self.engine.plan.needs_queries and (recorded or self.engine.due):
-            self.recent = Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
-        age([self.engine], [self.known()])
-        if not recorded:
-            self.recent = None
+            recent = Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
+        if recorded:
+            self.recent = recent
+        age([self.engine], [self._known(recent)])
         return out.contiguous()
 
     def known(self) -> Context:
-        """What pages that leave the window now are told."""
-        return self.transcript.context(next(iter(self.engine.window.tensors())).device, self.recent)
+        """What pages that leave the window after a recorded step are told."""
+        return self._known(self.recent)
+
+    def _known(self, recent: Tensor | None) -> Context:
+        return self.transcript.context(next(iter(self.engine.window.tensors())).device, recent)
 
     def get_seq_length(self) -> int:
         return self.engine.length

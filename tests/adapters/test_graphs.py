@@ -17,10 +17,11 @@ import pytest
 import torch
 import transformers
 
-from argus import ArgusCache, unpatch
-from argus.adapters import graphs
+from argus import ArgusCache, turns, unpatch
+from argus.adapters import graphs, layer
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton.backend import TritonBackend
+from argus.engine import LayerCache
 from tests.models import SMALL, tiny
 
 CUDA = torch.cuda.is_available()
@@ -45,13 +46,28 @@ EXACT = ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA els
 
 
 class Again:
-    """Stands for a CUDA graph: a replay calls the step again and writes its outputs over the first ones."""
+    """Stands for a CUDA graph: a replay calls the step again and writes its outputs over the first ones.
+
+    What a step does beside launching kernels is not done again: no page moves, and layers note nothing.
+    """
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call, self.outputs = call, call()
+        self.layers = call.args[1].layers
+        self.recent = [one.recent for one in self.layers]
 
+    @torch.inference_mode()
     def replay(self) -> None:
-        for name, x in self.call().items():
+        noted = [one.recent for one in self.layers]
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(LayerCache, "write", lambda engine, *new: engine.window.append(*new))
+            patches.setattr(layer, "age", lambda *_: None)
+            made = self.call()
+        for one, held, before in zip(self.layers, self.recent, noted, strict=True):
+            if held is not None:
+                held.copy_(one.recent)
+            one.recent = before
+        for name, x in made.items():
             pairs = zip(self.outputs[name], x, strict=True) if isinstance(x, tuple) else [(self.outputs[name], x)]
             for held, new in pairs:
                 if isinstance(new, torch.Tensor):
@@ -169,6 +185,78 @@ def test_a_crop_in_the_window_is_replayed_on(model: Any, counts: SimpleNamespace
     one_by_one(model, caches, ids(6, seed=7))
     assert counts.recorded == 1
     assert counts.replayed == 11
+
+
+def test_queries_of_a_replayed_step_are_told(model: Any, counts: SimpleNamespace) -> None:
+    """Whatever was taken as usual since it was recorded."""
+    caches = both(model, LADDERS["salience"], 170)
+    one_by_one(model, caches, ids(4, seed=6))
+    close(*(feed(model, cache, ids(2, seed=7)) for cache in caches))
+    held = len(caches[0].layers[0].engine.where)
+    one_by_one(model, caches, ids(caches[0].layers[0].engine.room, seed=8))
+    assert len(caches[0].layers[0].engine.where) > held
+    assert counts.recorded == 1
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert one.engine.salience == pytest.approx(other.engine.salience, rel=1e-2)
+        assert all(one.engine.salience)
+
+
+def test_tokens_that_a_crop_may_take_back_stay_in_the_window(model: Any, counts: SimpleNamespace) -> None:
+    caches = both(model, LADDERS["recency"], 100)
+    for cache in caches:
+        cache.activate_past_recording()
+    one_by_one(model, caches, ids(3, seed=6))
+    for i in range(40):
+        if i % 10 == 0:
+            for cache in caches:
+                cache.crop(-1)
+        one_by_one(model, caches, ids(1, seed=7 + i))
+        assert len({len(one.engine.where) for cache in caches for one in cache.layers}) == 1
+    assert counts.replayed > 30
+
+
+def test_a_turn_that_was_broken_off_between_layers(
+    model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of other lengths than the first layer's are not written as that one."""
+    options = [*LADDERS["recency"], "tiers.block_pages=1"]
+    recorded = ArgusCache(model, options)
+    feed(model, recorded, ids(100))
+    take, turn = turns.take, []
+
+    def broken(found: list[turns.Turn]) -> None:
+        turn.append(found)
+        if len(turn) == 2:
+            raise RuntimeError("out of memory")
+        take(found)
+
+    monkeypatch.setattr(turns, "take", broken)
+    while recorded.layers[0].engine.room > 1:
+        feed(model, recorded, ids(1, seed=6))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        feed(model, recorded, ids(1, seed=7))
+    assert counts.replayed
+    monkeypatch.setattr(turns, "take", take)
+    assert len({len(one.engine.window) for one in recorded.layers}) == 2
+    launched = copy.deepcopy(recorded)
+    launched.steps = None
+    one_by_one(model, [recorded, launched], ids(6, seed=50))
+
+
+@pytest.mark.parametrize("how", ["reset", "crop", "cut"])
+def test_pages_that_are_forgotten_are_freed(model: Any, counts: SimpleNamespace, how: str) -> None:
+    cache = ArgusCache(model, LADDERS["ladder"])
+    feed(model, cache, ids(200))
+    for i in range(4):
+        feed(model, cache, ids(1, seed=i))
+    held = [weakref.ref(tensor) for one in cache.layers for _, tensor in one.engine.tensors()]
+    if how == "reset":
+        cache.reset()
+    else:
+        cache.crop(-cache.get_seq_length() if how == "crop" else -150)
+    gc.collect()
+    kept = {id(tensor) for _, tensor in cache.tensors()}
+    assert all(ref() is None or id(ref()) in kept for ref in held)
 
 
 @pytest.fixture
@@ -500,6 +588,17 @@ def test_steps_go_on_outside_of_inference_mode(model: Any, counts: SimpleNamespa
         one_by_one(model, caches, ids(6, seed=6))
     begun = counts.recorded
     one_by_one(model, caches, ids(9, seed=7))
+    assert counts.recorded > begun
+
+
+def test_pages_that_moved_in_inference_mode_move_on_outside_of_it(model: Any, counts: SimpleNamespace) -> None:
+    """A replayed step writes nothing from Python that would copy them."""
+    caches = both(model, [*LADDERS["ladder"], "anchors=none", "tiers.stages.int4.capacity=160"], 170)
+    one_by_one(model, caches, ids(4, seed=6))
+    with torch.inference_mode():
+        one_by_one(model, caches, ids(40, seed=7))
+    begun = counts.recorded
+    one_by_one(model, caches, ids(60, seed=8))
     assert counts.recorded > begun
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,18 @@ def test_what_cannot_be_told() -> None:
     for refused in (case.pages([9, 18]), case.pages([9, 9])[:1], marked, spiked(case.pages([9, 9])), []):
         assert not case.backend.follow(before, refused)
     assert case.backend.follow(before, case.pages([9, 17]))
+
+
+def test_tables_go_with_any_of_their_pages() -> None:
+    """A run holds the first pages of its stage, which the other stages' must not keep."""
+    case = Moving(["int8", "int4"], [9, 9])
+    case.record()
+    first, last = case.segments
+    gone = weakref.ref(last.keys["codes"])
+    case.segments.clear()
+    del last
+    assert gone() is None
+    assert case.backend.tables.of([first]).runs
 
 
 def test_tables_go_with_their_pages() -> None:

@@ -71,10 +71,14 @@ class Shelf:
         return held.pages if held is not None and held.of(segments) else None
 
     def keep(self, segments: Sequence[Segment], pages: Pages) -> None:
-        """Keep the tables of `segments` while the first of these is alive."""
+        """Keep the tables of `segments` while all of these are alive."""
         key = id(segments[0])
-        forget = weakref.ref(segments[0], lambda _: self._held.pop(key, None))
-        self._held[key] = Kept((forget, *(weakref.ref(segment) for segment in segments[1:])), pages)
+
+        def forget(_: object) -> None:
+            self._held.pop(key, None)
+
+        # A reference that is gone, as those of tables kept before are then, tells nothing.
+        self._held[key] = Kept(tuple(weakref.ref(segment, forget) for segment in segments), pages)
 
     def runs(self) -> list[Run]:
         """Every run kept."""
