@@ -60,8 +60,8 @@ def check_backend(backend: Backend, *, device: torch.device | str = "cpu") -> No
                     check_centred(contract, backend, x, Affine(1, axis, group, centred=True))
             check_project(contract, backend, x)
             check_recode(contract, backend, x)
-        for place, (query_tokens, start) in enumerate(((1, 60), (3, 60), (5, 20))):
-            check_attend(contract, backend, torch.device(device), query_tokens, start, place)
+        for query_tokens, start in ((1, 60), (3, 60), (5, 20)):
+            check_attend(contract, backend, torch.device(device), query_tokens, start)
 
 
 def scale_shape(x: Tensor, form: Affine | Float8) -> list[int]:
@@ -165,8 +165,8 @@ def check_project(contract: Contract, backend: Backend, x: Tensor) -> None:
     words.require(off <= TOLERANCE, f"relative error {off:.4g}, allowed {TOLERANCE}")
 
 
-def check_attend(contract: Contract, backend: Backend, device: torch.device, length: int, start: int, turn: int) -> None:
-    """Attention over pages and exact tokens is the CPU backend's, by turns with a softcap and without, from `turn` on."""
+def check_attend(contract: Contract, backend: Backend, device: torch.device, length: int, start: int) -> None:
+    """Attention over pages and exact tokens is the CPU backend's."""
     n, batch, heads, page, dim, groups = 3, 2, 3, 16, 16, 2
     x = [normal((n, batch, heads, page, dim), seed).to(device) for seed in (4, 5)]
     tokens = [normal((batch, heads, 16, dim), seed).to(device) for seed in (6, 7)]
@@ -180,7 +180,7 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
     outliers = {role: ExactRows.of(one + 4, chosen, torch.float16) for role, one in zip(ROLES, x, strict=True)}
     padding = torch.ones(batch, 1, length, n * page + 16, dtype=torch.bool, device=device)
     padding[:, :, :, :5] = False
-    for number, kind in enumerate((Int8, Int4, Int3)):
+    for kind in (Int8, Int4, Int3):
         ours, oracle = (tier_on(kind, made) for made in (backend, CpuBackend()))
         keys, values = ours.encode(x[0], "keys"), ours.encode(x[1], "values")
         read = ours.decode(keys, "keys"), ours.decode(values, "values")
@@ -195,17 +195,16 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
             ("outliers", None, {"exact": exact, "outliers": outliers}, None, dense),
             ("tokens counted on the device", None, {}, None, roomy),
         )
-        for place, (name, mask, kept, learned, window) in enumerate(circumstances):
-            # Each pair of a tier, a circumstance and a number of queries is tried both ways.
-            softcap = (None, 5.0)[(turn + number + place) % 2]
-            query = Query.of(q, heads, dim**-0.5, start, mask, softcap)
-            found = backend.attend(query, [replace(segment, **kept)], [window], learned)
-            wanted = CpuBackend().attend(query, [replace(plain, **kept)], [dense], learned)
-            case = f"attention over {kind.__name__.lower()}, {length} queries from {start}, {name}, softcap {softcap}"
-            words = contract.at(case)
-            words.require(found.shape == wanted.shape, f"gives {list(found.shape)}, not {list(wanted.shape)}")
-            off = float((found - wanted).norm() / wanted.norm())
-            words.require(off <= TOLERANCE, f"relative error {off:.4g} against the CPU backend, allowed {TOLERANCE}")
+        for name, mask, kept, learned, window in circumstances:
+            for softcap in (None, 5.0):
+                query = Query.of(q, heads, dim**-0.5, start, mask, softcap)
+                found = backend.attend(query, [replace(segment, **kept)], [window], learned)
+                wanted = CpuBackend().attend(query, [replace(plain, **kept)], [dense], learned)
+                case = f"attention over {kind.__name__.lower()}, {length} queries from {start}, {name}, softcap {softcap}"
+                words = contract.at(case)
+                words.require(found.shape == wanted.shape, f"gives {list(found.shape)}, not {list(wanted.shape)}")
+                off = float((found - wanted).norm() / wanted.norm())
+                words.require(off <= TOLERANCE, f"relative error {off:.4g} against the CPU backend, allowed {TOLERANCE}")
 
 
 def tier_on(kind: type[Tier], backend: Backend) -> Tier:
