@@ -28,6 +28,7 @@ from argus.config import load_cache_config
 from argus.engine import LayerCache
 from argus.plan import Plan
 from argus.tiers.base import ROLES
+from argus.turns import age
 
 
 class Shape(NamedTuple):
@@ -75,7 +76,7 @@ def filled(plan: Plan, batch: int, context: int, shape: Shape = LLAMA) -> LayerC
     keys, values = ((torch.randn(whole, device="cuda", dtype=torch.float16) * size).half() for _ in range(2))
     cache.write(keys, values)
     del keys, values
-    cache.age()
+    age([cache])
     return cache
 
 
@@ -154,6 +155,16 @@ def eager_microseconds(call: Callable[[], object], budget: float = 0.1) -> float
         calls += 1
     torch.cuda.synchronize()
     return 1e6 * (time.perf_counter() - start) / calls
+
+
+def waited_milliseconds(call: Callable[[], object], device: str) -> float:
+    """Time of one call, the GPU waited for before and after."""
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def copy_bandwidth() -> float:

@@ -81,7 +81,8 @@ def main() -> None:
     options = common.parsed(parser)
     torch.manual_seed(0)
     bandwidth = common.copy_bandwidth()
-    shape = common.Shape(*options.heads, options.head_dim)
+    query_heads, kv_heads = options.heads
+    shape = common.Shape(query_heads, kv_heads, options.head_dim)
     paging = {"page_size": options.page_size, "block_pages": options.block_pages}
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
     rows, fp16 = [], {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -104,14 +103,7 @@ class Steps(NamedTuple):
 
 def milliseconds(call: Callable[[int], object], device: str, steps: int, warm: int = WARM) -> Steps:
     """Times of so many steps after the first `warm`, the GPU waited for after each."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = []
-    for number in range(warm + steps):
-        wait()
-        start = time.perf_counter()
-        call(number)
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
+    times = [common.waited_milliseconds(partial(call, number), device) for number in range(warm + steps)]
     kept = times[warm:]
     return Steps(statistics.fmean(kept), statistics.median(kept))
 

@@ -29,7 +29,8 @@ NEAR = 0.25
 
 def gather(rows: list[Row], context: int) -> list[Row]:
     """One line a configuration: prose at `context` tokens over its seeds, and the least share of passkeys at any length."""
-    prose, keys = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    prose: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    keys: dict[tuple[str, ...], dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         name = tuple(row["overrides"])
         if row["task"] == "passkey":
