@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -32,6 +33,11 @@ def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concate
             return method(layer, *args, **kwargs)
 
     return call
+
+
+def unscaled(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off where it is on: a cache's dtypes are its own."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class Held(NamedTuple):
@@ -104,6 +110,11 @@ class LayerCache:
         self.home = -1
         self.unsure = 0
         self.blocks = Blocks(plan)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the newest tokens; of an empty layer none is needed."""
+        return next((tensor.device for tensor in self.window.tensors()), torch.device("cpu"))
 
     @property
     def values(self) -> int:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from argus.blocks import EXACT
-from argus.errors import PluginError
+from argus.errors import ArgusError, PluginError
 from argus.pages import Slab, positions, smooth, to_pages
 from argus.plan import Plan
 from argus.policies.base import NewPages, check_chosen, salience
 from argus.tiers.base import ROLES, Role
 from argus.window import Window
+
+SOMETIMES = "the outlier policy answers None for some pages of {role}, not for all"
+"""What is said of one."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,8 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
     outlying: dict[Role, Tensor] = {}
     rests = {}
     for role, x in zip(ROLES, (keys, values), strict=True):
-        chosen = plan.outliers.choose(x, role)
+        chosen = chosen_numbers(plan, x, role)
         if chosen is not None:
-            check_chosen(chosen, x.shape, plan.outliers, broadcasts=False)
             outlying[role] = chosen if kept is None else chosen & ~kept.unsqueeze(-1)
         rests[role] = smooth(x, kept, outlying.get(role))
     encoded = []
@@ -133,10 +135,44 @@ def check_payload(found: Any, said: str, first: tuple[int, int]) -> None:
             raise PluginError(f"{said}.{name} as {list(tensor.shape)}; {allowed}")
 
 
+def blocks(plan: Plan, pages: int) -> list[slice]:
+    """Which pages policies see at once."""
+    return [slice(begin, begin + plan.block_pages) for begin in range(0, pages, plan.block_pages)]
+
+
+def chosen_numbers(plan: Plan, x: Tensor, role: Role) -> Tensor | None:
+    """Numbers ``[n, B, H, P, D]`` that the outlier policy keeps exact; None where it keeps none.
+
+    Raises
+    ------
+    ArgusError
+        If it answers with None for some pages only.
+    """
+    found = [plan.outliers.choose(x[block], role) for block in blocks(plan, len(x))]
+    chosen = [one for one in found if one is not None]
+    if not chosen:
+        return None
+    if len(chosen) < len(found):
+        raise ArgusError(f"{SOMETIMES.format(role=role)}; allowed: always or never")
+    for one, block in zip(chosen, blocks(plan, len(x)), strict=True):
+        check_chosen(one, x[block].shape, plan.outliers, broadcasts=False)
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+
 def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
     """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
     if not plan.anchors:
         return None
+    size, found = plan.page_size, []
+    for block in blocks(plan, len(keys)):
+        begin = block.start * size
+        rest = known if begin == 0 or known.tokens is None else replace(known, tokens=known.tokens[:, begin:])
+        found.append(_chosen(plan, keys[block], values[block], start + begin, rest))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _chosen(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor:
+    """Of pages that policies see at once."""
     n, batch, heads, size, _ = keys.shape
     taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
     padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)

@@ -7,20 +7,21 @@ side, since each kernel costs as much to launch for one layer's page as for all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from argus.blocks import EXACT, payload_of
-from argus.engine import LayerCache
+from argus.engine import LayerCache, unscaled
 from argus.errors import ArgusError
 from argus.exact import add_tokens
-from argus.moves import Context, bear, check_payload, recode, routes, together, weigh
+from argus.moves import SOMETIMES, Context, bear, check_payload, recode, routes, together, weigh
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
-from argus.tiers.base import ROLES, Role, gate
+from argus.tiers.base import ROLES, Role, check_range, extent
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,61 @@ def age(layers: Sequence[LayerCache], known: Sequence[Context] = ()) -> None:
         if not layer.due:
             layer.window.settle()
             continue
-        with torch.cuda.device(layer.home):
+        with torch.cuda.device(layer.home), unscaled(layer.device):
             turn = decide(layer, own, asked)
         alike[turn.kind].append(turn)
     for turns in alike.values():
-        at_once = max(1, turns[0].layer.plan.block_pages // max(1, len(turns[0].weights)))
+        least = min(max(1, len(turns[0].weights)), turns[0].layer.plan.block_pages)
+        at_once = most_pages(turns[0].layer) // least
         for begin in range(0, len(turns), at_once):
-            with torch.cuda.device(turns[0].layer.home):
+            with torch.cuda.device(turns[0].layer.home), unscaled(turns[0].layer.device):
                 take(turns[begin : begin + at_once])
+
+
+class Turns:
+    """Turns of layers that wait for those of others while a pass goes through a model, so that they are taken together.
+
+    Attributes
+    ----------
+    waiting : dict of LayerCache to Context
+        What is known of each that waits, until they have as many pages as are handled at once.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[LayerCache, Context] = {}
+        self._begun = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let turns wait meanwhile, and take what still waits at the end; where what was done fails, none of it."""
+        if self._begun:
+            yield
+            return
+        self._begun = True
+        try:
+            yield
+            self.take()
+        finally:
+            self._begun = False
+            self.waiting.clear()
+
+    def add(self, layer: LayerCache, known: Context) -> None:
+        """Let the pages of a layer age, now or later."""
+        self.waiting[layer] = known
+        if not self._begun or sum(one.due for one in self.waiting) >= most_pages(layer):
+            self.take()
+
+    def take(self) -> None:
+        """Let the pages of all layers that wait age."""
+        layers, known = list(self.waiting), list(self.waiting.values())
+        self.waiting.clear()
+        age(layers, known)
+
+
+def most_pages(layer: LayerCache) -> int:
+    """Pages that are handled at once, of all layers together."""
+    plan, (batch, heads, dim) = layer.plan, layer.shape or (1, 1, 1)
+    return max(plan.block_pages, plan.backend.at_once // (4 * batch * heads * plan.page_size * max(dim, layer.value_dim)))
 
 
 def decide(layer: LayerCache, known: Context, asked: dict[Hashable, list[int]]) -> Turn:
@@ -109,10 +157,12 @@ def take(turns: Sequence[Turn]) -> None:
     """Move the pages of layers that are alike, as one of them is told."""
     layers, plan = [turn.layer for turn in turns], turns[0].layer.plan
     moved = len(turns[0].targets) - len(turns[0].weights)
-    at_once = max(1, plan.block_pages // len(turns))
+    at_once = max(1, most_pages(layers[0]) // len(turns))
     for layer in layers:
         layer.blocks.held = None
     move(layers, turns[0].targets[:moved], at_once)
+    # Policies see whole blocks, however many are handled at once.
+    at_once -= at_once % plan.block_pages if at_once > plan.block_pages else 0
     for begin in range(0, len(turns[0].weights), at_once):
         end = min(begin + at_once, len(turns[0].weights))
         known = together([turn.known for turn in turns], layers[0].window.start)
@@ -149,8 +199,12 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     one = layers[0]
     size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
     oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
-    keys, values = (gate(to_pages(x[0] if len(layers) == 1 else torch.cat(x), size)) for x in oldest)
-    born = bear(one.plan, keys, values, targets, start, known)
+    pair = [to_pages(x[0] if len(layers) == 1 else torch.cat(x), size) for x in oldest]
+    largest, (keys, values) = extent(*pair), (x.to(torch.float32) for x in pair)
+    try:
+        born = bear(one.plan, keys, values, targets, start, known)
+    finally:  # What policies and tiers say of numbers that none keeps is no matter. Waits for all that was launched.
+        check_range(largest)
     for layer in layers:
         check_always(layer, born.outlying)
     # Tiers and policies may have raised before; from here on all is kept.
@@ -173,8 +227,7 @@ def check_always(layer: LayerCache, outlying: Mapping[Role, object]) -> None:
     """Raise :class:`ArgusError` unless new pages of a role have outliers where those before them do: they are found by page."""
     for role in ROLES:
         if len(layer.where) > layer.forgotten and (role in outlying) != (layer.outliers[role].rows is not None):
-            said = f"the outlier policy answers None for some pages of {role}, not for all"
-            raise ArgusError(f"{said}; allowed: always or never")
+            raise ArgusError(f"{SOMETIMES.format(role=role)}; allowed: always or never")
 
 
 def side_by_side(slabs: Sequence[Slab]) -> Slab:

@@ -22,7 +22,7 @@ from argus.errors import ArgusError, ModelError
 from argus.ledger import Ledger, measure
 from argus.plan import Plan
 from argus.policies.base import TextFacts
-from argus.turns import age
+from argus.turns import Turns, age
 
 
 class ArgusCache(Cache):  # type: ignore[misc]
@@ -60,7 +60,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
         self.transcript = Transcript(any(policy.needs_tokens for policy in self.plan.anchors))
         self.broken = False
         self.steps = Steps() if self.plan.graphs and not known.chunked else None
-        super().__init__(layers=[ArgusLayer(self.plan, self.transcript, reach) for reach in known.reaches])
+        self.turns = Turns()
+        super().__init__(layers=[ArgusLayer(self.plan, self.transcript, self.turns, reach) for reach in known.reaches])
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
         """Note what a forward pass is about to write.
@@ -104,7 +105,8 @@ class ArgusCache(Cache):  # type: ignore[misc]
                 if outputs is not None:
                     self.age()
                     return outputs
-            return forward(*args, **kwargs)
+            with self.turns.together():
+                return forward(*args, **kwargs)
         except BaseException:  # An interrupt too.
             try:
                 self.keep(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,17 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from argus.adapters.transcript import Transcript
 from argus.attention import Query
-from argus.engine import LayerCache
+from argus.engine import LayerCache, unscaled
 from argus.errors import ModelError
 from argus.moves import Context
 from argus.plan import Plan
 from argus.policies.base import RECENT
-from argus.turns import age
-
-
-def unscaled(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off where it is on: a cache's dtypes are its own."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+from argus.turns import Turns
 
 
 def length_after(tokens_to_remove: int, held: int) -> int:
@@ -61,6 +55,8 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     engine : LayerCache
     transcript : Transcript
         The cache's.
+    turns : Turns
+        The cache's.
     recent : Tensor or None
         ``[B, H, R, D]`` float32, where a policy asks for them the queries of the recorded step taken last: each replay writes
         them anew, whatever is taken as usual between.
@@ -71,10 +67,11 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: Plan, transcript: Transcript, reach: int | None) -> None:
+    def __init__(self, plan: Plan, transcript: Transcript, turns: Turns, reach: int | None) -> None:
         super().__init__()
         self.engine = LayerCache(plan, reach)
         self.transcript = transcript
+        self.turns = turns
         self.recent: Tensor | None = None
 
     @property
@@ -116,7 +113,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         return self, self
 
     def attend(self, module: Any, query: Tensor, mask: Tensor | None, scaling: float | None, **options: Any) -> Tensor:
-        """Answer queries ``[B, Hq, S, D]`` as ``[B, S, Hq, D]``, contiguous, then let pages age."""
+        """Answer queries ``[B, Hq, S, D]`` as ``[B, S, Hq, D]``, contiguous; then pages age, or wait for others."""
         with unscaled(query.device):
             return self._attend(module, query, mask, scaling, **options)
 
@@ -144,7 +141,10 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
             recent = Query.of(query[:, :, -RECENT:], query.shape[1] // module_groups(module), scale, 0).rows
         if recorded:
             self.recent = recent
-        age([self.engine], [self._known(recent)])
+        if self.engine.due:
+            self.turns.add(self.engine, self._known(recent))
+        else:
+            self.engine.window.settle()
         return out.contiguous()
 
     def known(self) -> Context:
@@ -152,7 +152,7 @@ class ArgusLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._known(self.recent)
 
     def _known(self, recent: Tensor | None) -> Context:
-        return self.transcript.context(next(iter(self.engine.window.tensors())).device, recent)
+        return self.transcript.context(self.engine.device, recent)
 
     def get_seq_length(self) -> int:
         return self.engine.length

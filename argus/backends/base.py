@@ -178,10 +178,14 @@ class Backend(ABC):
     ----------
     workspace : int
         Bytes of the largest workspace that an answer has taken so far, beside the answer; 0 where they are not counted.
+    at_once : int
+        Bytes of pages, their keys in float32 and as many of their values, up to which moving some takes as long as moving one:
+        so many layers take their turn together. 0: none do beyond `block_pages` pages.
     """
 
     name: str
     workspace: int = 0
+    at_once: int = 0
 
     @abstractmethod
     def quantize(self, x: Tensor, form: Affine) -> Payload:

@@ -12,6 +12,9 @@ from argus.errors import ConfigError
 from argus.hookspecs import hookimpl
 from argus.policies.base import Anchors, NewPages, PolicyConfig, TextFacts
 
+COSINES = 1 << 24
+"""Numbers held at once where tokens are compared with each other, or those of one head."""
+
 
 class SinksConfig(PolicyConfig):
     """Options of sinks: how many of the first tokens stay exact."""
@@ -134,10 +137,13 @@ class Salience(Anchors):
 
 def nearest(x: Tensor) -> Tensor:
     """Each token's largest cosine with another, less the mean of all: ``[..., T, D]`` to ``[..., T]``."""
-    unit = torch.nn.functional.normalize(x - x.mean(-2, keepdim=True), dim=-1)
-    cosine = unit @ unit.transpose(-1, -2)
-    cosine.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
-    return cosine.amax(-1)
+    unit = torch.nn.functional.normalize(x - x.mean(-2, keepdim=True), dim=-1).flatten(0, -3)
+    found = []
+    for part in unit.split(max(1, COSINES // x.shape[-2] ** 2)):
+        cosine = part @ part.transpose(-1, -2)
+        cosine.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+        found.append(cosine.amax(-1))
+    return torch.cat(found).view(x.shape[:-1])
 
 
 def around(x: Tensor, span: int) -> Tensor:

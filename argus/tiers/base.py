@@ -131,10 +131,21 @@ def gate(x: Tensor) -> Tensor:
     RangeError
         If a number is NaN, infinite, or beyond 32752 in size.
     """
-    largest = float(x.detach().abs().amax()) if x.numel() else 0.0
-    if not largest <= LIMIT:
-        raise RangeError(f"keys or values reach {largest:g}; a tier keeps finite numbers up to {LIMIT:g}")
+    check_range(extent(x))
     return x.to(torch.float32)
+
+
+def extent(*parts: Tensor) -> Tensor:
+    """The largest size of any number: a scalar on the device, NaN if there is one. Nothing waits for it."""
+    sizes = [x.detach().abs().amax().to(torch.float32) for x in parts if x.numel()]
+    return torch.stack(sizes).amax() if sizes else torch.zeros((), dtype=torch.float32, device=parts[0].device)
+
+
+def check_range(largest: Tensor) -> None:
+    """Raise :class:`RangeError` if what :func:`extent` found is more than a tier keeps; waits for the device."""
+    found = float(largest)
+    if not found <= LIMIT:
+        raise RangeError(f"keys or values reach {found:g}; a tier keeps finite numbers up to {LIMIT:g}")
 
 
 def group_length(group: int | None, axis: Axis, page_size: int, head_dim: int) -> int:

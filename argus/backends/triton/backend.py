@@ -36,6 +36,7 @@ class TritonBackend(CpuBackend):
     """
 
     name = "triton"
+    at_once = 64 << 20
 
     def __init__(self) -> None:
         from argus.backends.triton.dispatch import Dispatch
