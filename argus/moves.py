@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from argus.blocks import EXACT
-from argus.errors import ArgusError, PluginError
+from argus.errors import PluginError
 from argus.pages import Slab, positions, smooth, to_pages
 from argus.plan import Plan
-from argus.policies.base import NewPages, check_chosen, salience
+from argus.policies.base import UNKNOWN, NewPages, check_chosen, salience
 from argus.tiers.base import ROLES, Role
 from argus.window import Window
-
-SOMETIMES = "the outlier policy answers None for some pages of {role}, not for all"
-"""What is said of one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,10 @@ class Context:
     tokens: Tensor | None = None
     padding: Tensor | None = None
     queries: Tensor | None = None
+
+    def since(self, tokens: int) -> Context:
+        """The same of later pages: the first `tokens` of those known come before them."""
+        return self if self.tokens is None or tokens == 0 else replace(self, tokens=self.tokens[:, tokens:])
 
     @property
     def shapes(self) -> tuple[torch.Size | None, ...]:
@@ -106,9 +107,10 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
     outlying: dict[Role, Tensor] = {}
     rests = {}
     for role, x in zip(ROLES, (keys, values), strict=True):
-        chosen = chosen_numbers(plan, x, role)
-        if chosen is not None:
-            outlying[role] = chosen if kept is None else chosen & ~kept.unsqueeze(-1)
+        found = plan.outliers.choose(x, role)
+        if found is not None:
+            check_chosen(found, x.shape, plan.outliers, broadcasts=False)
+            outlying[role] = found if kept is None else found & ~kept.unsqueeze(-1)
         rests[role] = smooth(x, kept, outlying.get(role))
     encoded = []
     for target in sorted(set(targets)):
@@ -116,9 +118,9 @@ def bear(plan: Plan, keys: Tensor, values: Tensor, targets: Sequence[int], start
         where = positions(rows, keys)
         payload: Slab = {} if kept is None else {EXACT: kept[where]}
         for role in ROLES:
-            found = encode(plan, target, rests[role][where], role)
-            check_payload(found, f"stage '{plan.stages[target].facts.name}' keeps {role}", (len(rows), keys.shape[1]))
-            payload |= {f"{role}.{name}": tensor for name, tensor in found.items()}
+            codes = encode(plan, target, rests[role][where], role)
+            check_payload(codes, f"stage '{plan.stages[target].facts.name}' keeps {role}", (len(rows), keys.shape[1]))
+            payload |= {f"{role}.{name}": tensor for name, tensor in codes.items()}
         encoded.append((target, payload, rows))
     return Born(kept, outlying, encoded)
 
@@ -135,53 +137,63 @@ def check_payload(found: Any, said: str, first: tuple[int, int]) -> None:
             raise PluginError(f"{said}.{name} as {list(tensor.shape)}; {allowed}")
 
 
-def blocks(plan: Plan, pages: int) -> list[slice]:
-    """Which pages policies see at once."""
-    return [slice(begin, begin + plan.block_pages) for begin in range(0, pages, plan.block_pages)]
-
-
-def chosen_numbers(plan: Plan, x: Tensor, role: Role) -> Tensor | None:
-    """Numbers ``[n, B, H, P, D]`` that the outlier policy keeps exact; None where it keeps none.
-
-    Raises
-    ------
-    ArgusError
-        If it answers with None for some pages only.
-    """
-    found = [plan.outliers.choose(x[block], role) for block in blocks(plan, len(x))]
-    chosen = [one for one in found if one is not None]
-    if not chosen:
-        return None
-    if len(chosen) < len(found):
-        raise ArgusError(f"{SOMETIMES.format(role=role)}; allowed: always or never")
-    for one, block in zip(chosen, blocks(plan, len(x)), strict=True):
-        check_chosen(one, x[block].shape, plan.outliers, broadcasts=False)
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-
-
 def chosen_tokens(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor | None:
-    """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy."""
+    """Tokens ``[n, B, H, P]`` that the anchor policies keep exact; None where there is no policy.
+
+    They see `block_pages` pages at once: several such blocks as so many batch rows.
+    """
     if not plan.anchors:
         return None
-    size, found = plan.page_size, []
-    for block in blocks(plan, len(keys)):
-        begin = block.start * size
-        rest = known if begin == 0 or known.tokens is None else replace(known, tokens=known.tokens[:, begin:])
-        found.append(_chosen(plan, keys[block], values[block], start + begin, rest))
-    return found[0] if len(found) == 1 else torch.cat(found)
+    whole = len(keys) - len(keys) % plan.block_pages
+    found = []
+    for begin, end, size in ((0, whole, plan.block_pages), (whole, len(keys), len(keys) - whole)):
+        if begin < end:
+            count, first = (end - begin) // size, begin * plan.page_size
+            pages = new_pages(keys[begin:end], values[begin:end], start + first, known.since(first), count)
+            found.append(as_blocks(chosen(plan, pages), count))
+    return torch.cat(found)
 
 
-def _chosen(plan: Plan, keys: Tensor, values: Tensor, start: int, known: Context) -> Tensor:
-    """Of pages that policies see at once."""
-    n, batch, heads, size, _ = keys.shape
-    taken = torch.zeros(n, batch, heads, size, dtype=torch.bool, device=keys.device)
-    padding = known.padding if known.padding is not None else torch.zeros(batch, dtype=torch.long, device=keys.device)
-    numbers = torch.arange(start, start + n * size, device=keys.device).view(n, size)
+def new_pages(keys: Tensor, values: Tensor, start: int, known: Context, count: int) -> NewPages:
+    """Pages ``[count * n, B, H, P, D]`` as policies see them, none taken: `count` blocks as rows of one."""
+    (n, rows, heads, size, _), device = keys.shape, keys.device
+    n //= count
+    positions = torch.arange(start, start + count * n * size, device=device).view(count, n, size).transpose(0, 1)
+    padding = known.padding if known.padding is not None else torch.zeros(rows, dtype=torch.long, device=device)
+    tokens, queries = known.tokens, known.queries
+    if tokens is not None:
+        width = max(tokens.shape[1], count * n * size)
+        more = width - tokens.shape[1] + (count - 1) * n * size
+        later = torch.nn.functional.pad(tokens, (0, more), value=UNKNOWN).unfold(1, width, n * size)
+        tokens = later.transpose(0, 1).flatten(0, 1)
+    return NewPages(
+        as_rows(keys, count),
+        as_rows(values, count),
+        positions.repeat_interleave(rows, 1),
+        padding.repeat(count),
+        tokens,
+        torch.zeros(n, count * rows, heads, size, dtype=torch.bool, device=device),
+        None if queries is None else queries.repeat(count, 1, 1, 1),
+    )
+
+
+def as_rows(x: Tensor, count: int) -> Tensor:
+    """``[count * n, B, ...]`` as ``[n, count * B, ...]``: blocks of pages as batch rows."""
+    return x if count == 1 else x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def as_blocks(x: Tensor, count: int) -> Tensor:
+    """What :func:`as_rows` was given."""
+    return x if count == 1 else x.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def chosen(plan: Plan, pages: NewPages) -> Tensor:
+    """Tokens that the anchor policies choose of pages, one policy after another."""
     for policy in plan.anchors:
-        chosen = policy.choose(NewPages(keys, values, numbers, padding, known.tokens, taken, known.queries))
-        check_chosen(chosen, taken.shape, policy)
-        taken = taken | chosen
-    return taken
+        found = policy.choose(pages)
+        check_chosen(found, pages.taken.shape, policy)
+        pages = replace(pages, taken=pages.taken | found)
+    return pages.taken
 
 
 def encode(plan: Plan, target: int, x: Tensor, role: Role) -> Slab:

@@ -17,7 +17,7 @@ from argus.blocks import EXACT, payload_of
 from argus.engine import LayerCache, unscaled
 from argus.errors import ArgusError
 from argus.exact import add_tokens
-from argus.moves import SOMETIMES, Context, bear, check_payload, recode, routes, together, weigh
+from argus.moves import Context, bear, check_payload, recode, routes, together, weigh
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
@@ -199,8 +199,8 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     one = layers[0]
     size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
     oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
-    pair = [to_pages(x[0] if len(layers) == 1 else torch.cat(x), size) for x in oldest]
-    largest, (keys, values) = extent(*pair), (x.to(torch.float32) for x in pair)
+    given = [to_pages(x[0] if len(layers) == 1 else torch.cat(x), size) for x in oldest]
+    largest, (keys, values) = extent(*given), (x.to(torch.float32) for x in given)
     try:
         born = bear(one.plan, keys, values, targets, start, known)
     finally:  # What policies and tiers say of numbers that none keeps is no matter. Waits for all that was launched.
@@ -227,7 +227,8 @@ def check_always(layer: LayerCache, outlying: Mapping[Role, object]) -> None:
     """Raise :class:`ArgusError` unless new pages of a role have outliers where those before them do: they are found by page."""
     for role in ROLES:
         if len(layer.where) > layer.forgotten and (role in outlying) != (layer.outliers[role].rows is not None):
-            raise ArgusError(f"{SOMETIMES.format(role=role)}; allowed: always or never")
+            said = f"the outlier policy answers None for some pages of {role}, not for all"
+            raise ArgusError(f"{said}; allowed: always or never")
 
 
 def side_by_side(slabs: Sequence[Slab]) -> Slab:

@@ -129,7 +129,7 @@ def test_a_stage_without_capacity_keeps_all():
 def pages(seed: int, n: int = 2, batch: int = 2, heads: int = 2, size: int = 8, start: int = 0, ids: Tensor | None = None):
     keys, values = torch.randn(2, n, batch, heads, size, 8, generator=torch.Generator().manual_seed(seed))
     taken = torch.zeros(n, batch, heads, size, dtype=torch.bool)
-    positions = torch.arange(start, start + n * size).view(n, size)
+    positions = torch.arange(start, start + n * size).view(n, 1, size).expand(n, batch, size)
     return NewPages(keys, values, positions, torch.zeros(batch, dtype=torch.long), ids, taken)
 
 
@@ -138,7 +138,7 @@ def chosen_positions(kept: Tensor, given_: NewPages) -> list[list[set[int]]]:
     kept = kept.broadcast_to(given_.taken.shape)
     n, batch, heads, _ = kept.shape
     return [
-        [{int(p) for i in range(n) for p in given_.positions[i][kept[i, row, head]]} for head in range(heads)]
+        [{int(p) for i in range(n) for p in given_.positions[i, row][kept[i, row, head]]} for head in range(heads)]
         for row in range(batch)
     ]
 

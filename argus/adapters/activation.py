@@ -13,7 +13,7 @@ from torch import Tensor
 from argus.adapters.functions import NAME, register
 from argus.adapters.graphs import Recorder
 from argus.adapters.models import attention, facts
-from argus.adapters.transcript import UNKNOWN
+from argus.policies.base import UNKNOWN
 
 
 @runtime_checkable

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from argus.moves import Context
 
-UNKNOWN = -1
-"""Stands for a token of which only the embedding is known."""
-
 
 @dataclass
 class Transcript:

@@ -28,7 +28,7 @@ class Sinks(Anchors):
     Config = SinksConfig
 
     def choose(self, pages: NewPages) -> Tensor:
-        rank = pages.positions[:, None, :] - pages.padding[None, :, None]
+        rank = pages.positions - pages.padding[:, None]
         return ((rank >= 0) & (rank < self.config.tokens)).unsqueeze(2)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from argus.errors import ArgusError
 
+UNKNOWN = -1
+"""Stands for a token that is not known, or of which only the embedding is."""
 RECENT = 32
 """Query tokens of a call that policies are told of, at most."""
 
@@ -62,18 +64,19 @@ class TextFacts:
 class NewPages:
     """Pages that have just left the window, exact still.
 
-    Batch rows may be those of several layers side by side, so each is chosen for by itself.
+    Batch rows may be those of several layers side by side, or several such blocks of pages, so each is chosen for by itself.
 
     Attributes
     ----------
     keys, values : Tensor
         ``[n, B, H, P, D]`` float32.
     positions : Tensor
-        ``[n, P]`` int64 positions in tokens.
+        ``[n, B, P]`` int64 positions in tokens.
     padding : Tensor
         ``[B]`` int64, how many tokens of each row are padding on the left.
     tokens : Tensor or None
-        ``[B, T]`` token ids from the first position on, ``T >= n * P`` as far as they are known; None: not known.
+        ``[B, T]`` token ids from a row's first position on, ``T >= n * P`` as far as they are known, :data:`UNKNOWN` where one
+        is not; None: none is known.
     taken : Tensor
         ``[n, B, H, P]`` bool, tokens that another policy keeps exact already.
     queries : Tensor or None

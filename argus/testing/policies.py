@@ -157,10 +157,11 @@ def check_anchors(kind: type[Anchors], *, config: Mapping[str, Any] | None = Non
 def row_of(pages: NewPages, row: int) -> NewPages:
     """One batch row of pages."""
     keys, values, taken = (x[:, row : row + 1].contiguous() for x in (pages.keys, pages.values, pages.taken))
+    positions = pages.positions[:, row : row + 1].contiguous()
     padding, tokens, queries = (
         None if x is None else x[row : row + 1].contiguous() for x in (pages.padding, pages.tokens, pages.queries)
     )
-    return NewPages(keys, values, pages.positions, padding, tokens, taken, queries)  # type: ignore[arg-type]
+    return NewPages(keys, values, positions, padding, tokens, taken, queries)  # type: ignore[arg-type]
 
 
 def new_pages(shape: tuple[int, ...]) -> list[tuple[str, NewPages]]:
@@ -170,14 +171,15 @@ def new_pages(shape: tuple[int, ...]) -> list[tuple[str, NewPages]]:
     none = torch.zeros(n, batch, heads, page, dtype=torch.bool)
     some = normal((n, batch, heads, page), 3) > 1
     no_padding, padding = torch.zeros(batch, dtype=torch.long), torch.arange(batch) * 2
-    first, later = (torch.arange(start, start + n * page).view(n, page) for start in (0, 1000))
+    first = torch.arange(n * page).view(n, 1, page).expand(n, batch, page).contiguous()
+    later = first + 1000 * torch.arange(1, batch + 1).unsqueeze(-1)
     tokens = torch.arange(batch * (n * page + 3)).view(batch, -1) % 11
     flat = torch.ones(shape)
     return [
         ("token ids not known", NewPages(keys, values, first, no_padding, None, none)),
         ("token ids known", NewPages(keys, values, first, no_padding, tokens, none)),
         ("left padding, some tokens taken", NewPages(keys, values, first, padding, tokens, some)),
-        ("far from the start", NewPages(keys, values, later, padding, tokens, none)),
+        ("far from the start, each row elsewhere", NewPages(keys, values, later, padding, tokens, none)),
         ("constant keys and values", NewPages(flat, flat.clone(), first, no_padding, tokens, none)),
         ("every token taken", NewPages(keys, values, first, no_padding, tokens, ~none)),
     ]
