@@ -170,11 +170,16 @@ def new_pages(keys: Tensor, values: Tensor, start: int, known: Context, count: i
         as_rows(keys, count),
         as_rows(values, count),
         positions.repeat_interleave(rows, 1),
-        padding.repeat(count),
+        repeated(padding, count),
         tokens,
         torch.zeros(n, count * rows, heads, size, dtype=torch.bool, device=device),
-        None if queries is None else queries.repeat(count, 1, 1, 1),
+        None if queries is None else repeated(queries, count),
     )
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """All rows, so many times."""
+    return x if count == 1 else torch.cat([x] * count)
 
 
 def as_rows(x: Tensor, count: int) -> Tensor:

@@ -54,7 +54,7 @@ class Pool:
             used = len(self.pages) % self.slab_pages
             take = min(len(pages) - done, self.slab_pages - used)
             index = len(self.pages) // self.slab_pages
-            part = {name: tensor[done : done + take] for name, tensor in payload.items()}
+            part = payload if take == len(pages) else {name: tensor[done : done + take] for name, tensor in payload.items()}
             if index == len(self.slabs):
                 self.slabs.append({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in part.items()})
             else:

@@ -115,7 +115,8 @@ class Turns:
     def add(self, layer: LayerCache, known: Context) -> None:
         """Let the pages of a layer age, now or later."""
         self.waiting[layer] = known
-        if not self._begun or sum(one.due for one in self.waiting) >= most_pages(layer):
+        # One more like this layer would be too many.
+        if not self._begun or sum(one.due for one in self.waiting) + layer.due > most_pages(layer):
             self.take()
 
     def take(self) -> None:

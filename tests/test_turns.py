@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from argus import turns
+from argus.backends.cpu import CpuBackend
 from argus.engine import LayerCache
 from argus.errors import RangeError
 from argus.moves import Context
-from argus.turns import age
+from argus.turns import Turns, age
 from tests.conftest import DIM, config, contents, make_plan, tokens
 
 SEVEN = ("fp16", "fp8", "int8", "int4", "int2", "sign", "jl")
@@ -129,6 +130,75 @@ def test_no_more_pages_at_once_than_a_block(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes
     assert max(sizes) <= 4
     assert all(len(layer.where) == len(layers[0].where) > 0 for layer in layers)
+
+
+def kept(layer: LayerCache) -> list[list[int]]:
+    """Positions of exact tokens, in order, of each row and head."""
+    held = layer.exact.positions
+    return [] if held is None else [sorted(p for p in head if p >= 0) for head in held.flatten(0, 1).tolist()]
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_many_blocks_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies see what they see where one block is handled after another; three whole ones and a rest, all of them known."""
+    options = LADDERS[name] | {"block_pages": 3}
+    together, alone = layers_of(options, 2), layers_of(options, 2)
+    words, padding = torch.randint(9, (2, 95), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 30])
+    sizes = []
+    bear = turns.bear
+    monkeypatch.setattr(turns, "bear", lambda plan, keys, *rest: (sizes.append(keys.shape[:2]), bear(plan, keys, *rest))[1])
+    for layers, at_once in ((together, 1 << 20), (alone, 0)):
+        monkeypatch.setattr(CpuBackend, "at_once", at_once)
+        known = []
+        for place, layer in enumerate(layers):
+            layer.write(*tokens(place, 95, batch=2))
+            known.append(Context(words, padding, tokens(place + 10, 4, batch=2)[0]))
+        age(layers, known)
+    assert sizes[0] == (10, 4)
+    assert sizes[1:] == [(3, 2), (3, 2), (3, 2), (1, 2)] * 2
+    for one, other in zip(together, alone, strict=True):
+        assert one.where == other.where
+        assert kept(one) == kept(other)
+        for x, y in zip(read(one), read(other), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_turns_wait_for_those_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until they have as many pages as are handled at once, or what was begun ends; and for nothing where nothing was."""
+    layers, waiting, sizes = layers_of({"order": ("int4",), "block_pages": 4}, 5), Turns(), []
+    monkeypatch.setattr(turns, "age", lambda found, known: (sizes.append(len(found)), age(found, known)))
+    for layer in layers:
+        layer.write(*tokens(3, 24))
+    with waiting.together():
+        for layer in (layers[0], *layers[:3]):
+            waiting.add(layer, Context())
+        with waiting.together():
+            waiting.add(layers[3], Context())
+        assert sizes == [2, 2]
+        waiting.add(layers[4], Context())
+        assert len(layers[4].window) == 24
+    assert sizes == [2, 2, 1]
+    layers[0].write(*tokens(3, 24))
+    waiting.add(layers[0], Context())
+    assert sizes == [2, 2, 1, 1]
+    assert not layers[0].due
+
+
+def test_turns_of_what_fails_are_not_taken() -> None:
+    layers, waiting = layers_of({"order": ("int4",)}), Turns()
+    for layer in layers:
+        layer.write(*tokens(3, 24))
+
+    def broken() -> None:
+        with waiting.together():
+            waiting.add(layers[0], Context())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    with waiting.together():
+        pass
+    assert [len(layer.window) for layer in layers] == [24, 24, 24]
 
 
 def test_what_is_held_of_each_layer_is_its_own() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from argus import ArgusCache, load_cache_config, patch_model_with_argus, unpatch
+from argus import ArgusCache, load_cache_config, patch_model_with_argus, turns, unpatch
 from argus.adapters.huggingface import line_ends, make_plan
+from argus.backends.cpu import CpuBackend
 from argus.errors import ConfigError
 from tests.models import SMALL, tiny
 
@@ -72,6 +73,41 @@ def test_line_ends_are_known_by_their_ids(model):
     for layer in cache.layers:
         for head in layer.engine.exact.positions[0]:
             assert sorted(p for p in head.tolist() if p >= 0) == [5, 18, 31]
+
+
+PROMPTS = {
+    "lines": [*LOSSY, "anchors=lines", "+anchors.lines.ids=[7]", "tiers.block_pages=3", "tiers.slack=16"],
+    "salience": [*LOSSY, "anchors=salience", "aging=salience", "tiers.block_pages=3"],
+    "ladder": [
+        "tiers=default", "tiers.page_size=8", "tiers.window=8", "tiers.order=[int8,int4]", "tiers.stages.int8.capacity=32",
+        "tiers.block_pages=2",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PROMPTS.values(), ids=PROMPTS)
+def test_prompts_whose_layers_take_their_turn_together(model, options, monkeypatch):
+    """The same as layer after layer and block after block: also with padding, and with a second prompt after the first."""
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, :21] = 0
+    found, sizes = [], []
+    take = turns.take
+    monkeypatch.setattr(turns, "take", lambda taken: (sizes.append(len(taken)), take(taken)))
+    for at_once in (0, 1 << 22):
+        monkeypatch.setattr(CpuBackend, "at_once", at_once)
+        cache = ArgusCache(model, [*options, "backend=cpu"])
+        feed(model, cache, ids(90, 2), attention_mask=mask)
+        more = torch.cat([mask, torch.ones(2, 40, dtype=torch.long)], 1)
+        logits = feed(model, cache, ids(40, 2, seed=6), attention_mask=more)
+        held = [layer.engine.exact.positions.flatten(0, 1).tolist() for layer in cache.layers]
+        kept = [[sorted(p for p in head if p >= 0) for head in heads] for heads in held]
+        found.append((logits, [layer.engine.where for layer in cache.layers], kept))
+    assert set(sizes) >= {1, 3}
+    for one, other in zip(*found, strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        else:
+            assert one == other
 
 
 def test_a_reset_cache_is_empty(model):

@@ -220,6 +220,7 @@ def test_a_turn_that_was_broken_off_between_layers(
 ) -> None:
     """Windows of other lengths than the first layer's are not written as that one."""
     options = [*LADDERS["recency"], "tiers.block_pages=1"]
+    monkeypatch.setattr(TritonBackend, "at_once", 0)
     recorded = ArgusCache(model, options)
     feed(model, recorded, ids(100))
     take, turn = turns.take, []
