@@ -14,6 +14,7 @@ from argus.build import make_anchor
 from argus.config import validate
 from argus.errors import ConfigError
 from argus.moves import Context
+from argus.policies import anchors
 from argus.policies.base import NewPages, PageFacts, StageFacts, TextFacts
 from argus.turns import age
 from tests.conftest import HEADS, contents, grow, make_layer, tokens
@@ -268,6 +269,17 @@ def test_salience_chooses_none_where_nobody_asks():
     grow(layer, keys, values)
     assert layer.where
     assert layer.exact.positions is None
+
+
+@pytest.mark.parametrize("most", [1, 1 << 12, 1 << 24])
+def test_likeness_of_tokens_in_parts_and_in_16_bits(most, monkeypatch):
+    monkeypatch.setattr(anchors, "COSINES", most)
+    x = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(3)) * 100 + 300
+    unit = x.double() - x.double().mean(-2, keepdim=True)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    want = (unit @ unit.transpose(-1, -2) - 3 * torch.eye(40)).amax(-1)
+    torch.testing.assert_close(anchors.nearest(x, torch.float32).double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(anchors.nearest(x, torch.float16).double(), want, rtol=2e-3, atol=2e-3)
 
 
 def test_salient_pages_stay_in_the_first_stage_whatever_their_age():
