@@ -37,12 +37,15 @@ class ExactTokens:
         Whether any place is empty.
     used : int
         The first places a row and head, beyond which all are empty.
+    reserved : bool
+        Whether what is held stays where it is as long as it has room, since a recorded step reads it.
     """
 
     def __init__(self, dtype: torch.dtype, eight: bool = False) -> None:
         self.dtype, self.eight = dtype, eight
         self.holes = False
         self.used = 0
+        self.reserved = False
         self._held: tuple[Tensor, ...] = ()
 
     @property
@@ -78,6 +81,8 @@ class ExactTokens:
 
     def take(self, new: tuple[Tensor, ...], holes: bool) -> None:
         """Hold more places, as :meth:`tensors` tells them, where there is room or beyond; `holes`: some of them are empty."""
+        if self.reserved and self.used + new[0].shape[2] > self.width and self.positions is not None:
+            self._keep(self.positions)
         end = self.used + new[0].shape[2]
         if not self._held:
             self._held = tuple(x.clone(memory_format=torch.contiguous_format) for x in new)
@@ -93,6 +98,7 @@ class ExactTokens:
         """Have room for an eighth more places, which are empty."""
         if not self._held:
             return
+        self.reserved = True
         room = self.used + max(ROOM, self.used // 8) - self.width
         if room > 0:
             pads = [(0, 0, 0, room), (0, 0, 0, room), *[(0, room)] * 3]
@@ -108,8 +114,13 @@ class ExactTokens:
             self._keep(self.positions.masked_fill(self.positions >= length, EMPTY))
 
     def forget(self, position: int) -> None:
-        """Forget tokens before `position`."""
-        if self.positions is not None:
+        """Forget tokens before `position`; where they are is empty as long as what is held stays there."""
+        if self.positions is None:
+            return
+        if self.reserved:
+            self.positions.masked_fill_(self.positions < position, EMPTY)
+            self.holes = True
+        else:
             self._keep(self.positions.masked_fill(self.positions < position, EMPTY))
 
     def _keep(self, positions: Tensor) -> None:
@@ -117,7 +128,7 @@ class ExactTokens:
         used = (positions != EMPTY).flatten(0, 1).any(0)
         held = (*self._held[:2], positions, *self._held[3:])
         self._held = tuple(x[:, :, used] for x in held) if bool(used.any()) else ()
-        self.used = self.width
+        self.used, self.reserved = self.width, False
         self.holes = self.positions is not None and bool((self.positions == EMPTY).any())
 
     def select(self, rows: Tensor) -> None:

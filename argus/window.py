@@ -23,9 +23,10 @@ class Place:
     index : Tensor
         int64 ``[1]``, its place.
     count : Tensor
-        int32 ``[1]``, tokens held, it included.
+        int32 ``[2]``, tokens held, it included, and the position of the first.
     masks : dict of int or None to Tensor
-        By a layer's reach, ``[B or 1, 1, 1, L]`` bool, which positions are seen; none where all that are held are.
+        By a layer's reach, ``[B or 1, 1, 1, L]`` bool with room for more tokens, which positions are seen; none where all that
+        are held are.
     """
 
     index: Tensor

@@ -27,6 +27,8 @@ GIVEN = frozenset({"input_ids", "position_ids", "past_key_values", "use_cache"})
 """What a recorded step is given."""
 LEFT_OUT = frozenset({"attention_mask", "cache_position"})
 """What it is not given: queries know their positions, and masks that hide tokens have places of their own."""
+ROOM = 128
+"""Tokens that masks have room for, at least, beyond those that come before pages move."""
 CAPTURING = "output_capturing_hook"
 """Name of the hooks that transformers leaves in a model which was once asked for hidden states."""
 
@@ -294,7 +296,10 @@ class Steps:
         self.inference = inference
         if unmoved:
             return True
-        if self.graph is None or self.place is None or self.place.masks or hiding(layers) or not level(layers):
+        if self.graph is None or self.place is None or not level(layers):
+            return False
+        masks = self.place.masks
+        if not hiding(layers) <= masks.keys() or any(seen.shape[-1] <= layers[0].length for seen in masks.values()):
             return False
         follows = all(layer.follow(before) for layer, before in zip(layers, self.held, strict=True))
         self.held = held
@@ -315,8 +320,9 @@ class Steps:
         for layer in layers:
             layer.reserve()
         device = inputs["input_ids"].device
-        index, count = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        index, count = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int32, device=device)
         whole, rows = layers[0].length + layers[0].room, 1 if mask is None else len(mask)
+        whole += max(ROOM, whole // 8)
         masked = hiding(layers) if mask is None else {layer.reach for layer in layers}
         seen = {reach: torch.ones(rows, 1, 1, whole, dtype=torch.bool, device=device) for reach in masked}
         self.place = Place(index, count, seen)
@@ -332,7 +338,8 @@ class Steps:
         index, length = len(layers[0].window), layers[0].length + 1
         if self.place is not None:
             self.place.index.fill_(index)
-            self.place.count.fill_(index + 1)
+            for told, number in zip(self.place.count.unbind(), (index + 1, layers[0].window.start), strict=True):
+                told.fill_(number)
             for reach, seen in self.place.masks.items():
                 seen[..., :length] = True if mask is None else mask[:, None, None]
                 if reach is not None:

@@ -126,8 +126,9 @@ class Dense:
     scales : tuple of Tensor or None
         ``[B, H, T]`` float16, by which codes of keys and of values are multiplied; None: there are no codes.
     count : Tensor or None
-        int32 ``[1]`` on the device: how many of the first places hold tokens, consecutive ones, where a step is recorded and
-        finds more of them each time that it is replayed. None: all places do.
+        int32 ``[2]`` on the device: how many of the first places hold tokens, consecutive ones, and the position of the first,
+        where a step is recorded and finds others each time that it is replayed; `start` and `last` are of the first time.
+        None: all places do.
     """
 
     keys: Tensor
@@ -140,11 +141,12 @@ class Dense:
     count: Tensor | None = None
 
     def counted(self) -> Dense:
-        """The same without the places that are empty, whose number is fetched from the device."""
+        """The same without the places that are empty, as the device tells."""
         if self.count is None:
             return self
-        held = int(self.count)
-        return replace(self, keys=self.keys[:, :, :held], values=self.values[:, :, :held], count=None)
+        held, start = self.count.tolist()
+        keys, values = self.keys[:, :, :held], self.values[:, :, :held]
+        return replace(self, keys=keys, values=values, start=start, last=start + held - 1, count=None)
 
     def numbers(self, role: Role, low: int = 0, high: int | None = None) -> Tensor:
         """Keys or values ``[B, H, T, D]`` of tokens `low` to `high`; float32 where they are codes."""

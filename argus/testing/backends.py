@@ -172,7 +172,8 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
     tokens = [normal((batch, heads, 16, dim), seed).to(device) for seed in (6, 7)]
     dense = Dense(tokens[0], tokens[1], n * page, n * page + 15)
     wide = [torch.nn.functional.pad(x, (0, 0, 0, 5), value=float("nan")) for x in tokens]
-    roomy = replace(dense, keys=wide[0], values=wide[1], count=torch.tensor([16], dtype=torch.int32, device=device))
+    count = torch.tensor([16, n * page], dtype=torch.int32, device=device)
+    roomy = replace(dense, keys=wide[0], values=wide[1], start=0, count=count)
     q = normal((batch, heads * groups, length, dim), 8).to(device)
     exact = normal((n, batch, heads, page), 9).to(device) > 1
     sinks = normal((heads * groups,), 10).to(device)
@@ -194,6 +195,7 @@ def check_attend(contract: Contract, backend: Backend, device: torch.device, len
             ("kept tokens, sinks", None, {"exact": exact}, sinks, dense),
             ("outliers", None, {"exact": exact, "outliers": outliers}, None, dense),
             ("tokens counted on the device", None, {}, None, roomy),
+            ("a mask, tokens counted on the device", padding, {}, None, roomy),
         )
         for name, mask, kept, learned, window in circumstances:
             for softcap in (None, 5.0):

@@ -168,7 +168,7 @@ def test_tokens_that_are_counted_on_the_device(held: int, dim: int, dtype: torch
     case = Case(Affine(4, "channel"), Affine(4, "token"), dim=dim, window=held - 1, dtype=dtype, counts=(1,), batch=1)
     part = case.dense[0]
     wide = [torch.nn.functional.pad(x, (0, 0, 0, 50 - held), value=float("nan")) for x in (part.keys, part.values)]
-    count = torch.tensor([held], dtype=torch.int32, device=DEVICE)
+    count = torch.tensor([held, part.start], dtype=torch.int32, device=DEVICE)
     counted = replace(part, keys=wide[0], values=wide[1], count=count)
     want = case.backend.attend(case.query, case.segments, [part])
     got = case.backend.attend(case.query, case.segments, [counted])

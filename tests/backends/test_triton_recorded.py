@@ -46,7 +46,7 @@ class Moving(Case):
 
     def counted(self, held: int) -> Dense:
         """The window, of which so many places are held, as a recorded step sees it."""
-        return replace(self.dense[0], count=torch.tensor([held], dtype=torch.int32, device=DEVICE))
+        return replace(self.dense[0], count=torch.tensor([held, self.dense[0].start], dtype=torch.int32, device=DEVICE))
 
     def record(self) -> list[launch.Job]:
         """Launches over what is held now."""
@@ -60,10 +60,11 @@ class Moving(Case):
         work = launch.Workspace.of(self.query, sum(job.splits for job in jobs))
         launch.answer_all(self.query, jobs, work, self.backend.dispatch)
         got = launch.merge(self.query, work, None, self.backend.dispatch).double()
-        held = int(self.dense[0].count)
+        held, start = self.dense[0].count.tolist()
         window = replace(self.dense[0], keys=self.dense[0].keys[:, :, :held], values=self.dense[0].values[:, :, :held])
-        self.segments, counted, self.dense = segments, self.dense, [replace(window, count=None), *self.dense[1:]]
-        want = self.expected(Query(self.query.rows, self.query.start, 1))
+        window = replace(window, start=start, last=start + held - 1, count=None)
+        self.segments, counted, self.dense = segments, self.dense, [window, *self.dense[1:]]
+        want = self.expected(Query(self.query.rows, self.query.start, 1, self.query.mask))
         self.dense = counted
         assert torch.isfinite(got).all()
         assert float((got - want).norm() / want.norm()) <= BOUND
@@ -88,11 +89,28 @@ def test_pages_that_moved(stages: list[str], old: list[int], new: list[int], dim
     for counts, held in ((new, 12), (old, 3)):
         before, segments = case.segments, case.pages(counts)
         assert case.backend.follow(before, segments)
-        case.dense[0].count.fill_(held)
+        case.dense[0].count[0] = held
         case.replay(jobs, segments)
     runs = case.backend.tables.of(case.segments, recorded=True).runs
     assert sorted((run.table.data_ptr(), run.positions.data_ptr()) for run in runs) == sorted(told)
     assert sum(run.pages for run in runs) == sum(old)
+
+
+@pytest.mark.parametrize(("stages", "dim"), [(["int4", "fp8"], 64), (["jl", "plain"], 128), (["int8", "int4", "int2"], 80)])
+def test_masks_and_a_window_that_moved(stages: list[str], dim: int) -> None:
+    """A mask is read where pages and the window's first token are by now, and as it is by now."""
+    old, new = [2] * len(stages), [3] * (len(stages) - 1) + [2]
+    case = Moving(stages, old, dim)
+    mask = torch.ones(1, 1, 1, 64 * (sum(new) + 4), dtype=torch.bool, device=DEVICE)
+    mask[..., :70] = False
+    case.query = replace(case.query, mask=mask)
+    jobs = case.record()
+    case.replay(jobs, case.segments)
+    before, segments = case.segments, case.pages(new)
+    assert case.backend.follow(before, segments)
+    case.dense[0].count.copy_(torch.tensor([9, 64 * sum(new)]))
+    mask[:] = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.4
+    case.replay(jobs, segments)
 
 
 def test_what_is_launched_as_usual_has_no_room() -> None:

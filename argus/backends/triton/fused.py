@@ -62,15 +62,17 @@ def _share(
         batch = where[0] // heads
         head = where[0] % heads
         tokens = _number(source[3])
+        start = _number(source[4])
         if C[4]:
             tokens = tl.load(source[11])
+            start = tl.load(source[11] + 1)
         SIZE: tl.constexpr = 1 if C[3] else 2
         keys = source[0].to(tl.int64) + (batch * _number(source[5]) + head * _number(source[6])) * SIZE
         values = source[1].to(tl.int64) + (batch * _number(source[8]) + head * _number(source[9])) * SIZE
         if C[1]:
             placed = source[2] + where[0] * tokens
         else:
-            placed = _number(source[4])
+            placed = start
         if C[3]:
             k_scale = source[11].to(tl.int64) + where[0] * (tokens * 2)
             v_scale = source[12].to(tl.int64) + where[0] * (tokens * 2)
