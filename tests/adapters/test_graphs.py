@@ -1,7 +1,4 @@
-"""Decode steps that are recorded: the same answers as steps that are not, and never where they would be others.
-
-Where there is no GPU, a recorded step is replayed by calling it again.
-"""
+"""Decode steps that are recorded: the same answers as steps that are not, and never where they would be others."""
 
 from __future__ import annotations
 
@@ -15,129 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from argus import ArgusCache, turns, unpatch
 from argus.adapters import graphs
 from argus.backends.cpu import CpuBackend
 from argus.backends.triton.backend import TritonBackend
-from argus.engine import LayerCache
-from tests.models import SMALL, tiny
+from tests.adapters.recording import CUDA, DEVICE, LADDERS, both, close, counts, feed, ids, model, one_by_one
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.float16 if CUDA else torch.float32
-LADDERS = {
-    "int4": ["tiers=int4", "tiers.page_size=64", "tiers.window=16"],
-    "ladder": [
-        "tiers=default", "tiers.page_size=16", "tiers.window=8", "tiers.order=[int8,int4,int2]",
-        "tiers.stages.int8.capacity=32", "tiers.stages.int4.capacity=32",
-    ],
-    "recency": ["tiers=int2", "tiers.page_size=16", "tiers.window=32", "anchors=none"],
-    "slack": ["tiers=int4", "tiers.page_size=16", "tiers.window=8", "tiers.slack=32"],
-    "outliers": ["tiers=int2", "tiers.page_size=64", "tiers.window=16", "outliers=topk"],
-    "salience": [
-        "tiers=default", "tiers.page_size=16", "tiers.window=8", "tiers.order=[int8,int4]", "tiers.stages.int8.capacity=32",
-        "aging=salience", "anchors=salience",
-    ],
-}  # fmt: skip
-EXACT = ["tiers=exact", "tiers.page_size=16", "tiers.window=8", *([] if CUDA else ["tiers.dtype=float32"])]
-"""Codes differ where numbers differ in their last bit; exact pages do not."""
-
-
-class Again:
-    """Stands for a CUDA graph: a replay calls the step again and writes its outputs over the first ones.
-
-    What a step does beside launching kernels is not done again: no page moves, and layers note nothing.
-    """
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call, self.outputs = call, call()
-        self.layers = call.args[1].layers
-        self.recent = [one.recent for one in self.layers]
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        noted = [one.recent for one in self.layers]
-        with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(LayerCache, "write", lambda engine, *new: engine.window.append(*new))
-            patches.setattr(turns.Turns, "add", lambda *_: None)
-            made = self.call()
-        for one, held, before in zip(self.layers, self.recent, noted, strict=True):
-            if held is not None:
-                held.copy_(one.recent)
-            one.recent = before
-        for name, x in made.items():
-            pairs = zip(self.outputs[name], x, strict=True) if isinstance(x, tuple) else [(self.outputs[name], x)]
-            for held, new in pairs:
-                if isinstance(new, torch.Tensor):
-                    held.copy_(new)
-
-
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """How many steps were recorded, and how many were replayed."""
-    told = SimpleNamespace(recorded=0, replayed=0, beside=0)
-    real = graphs.capture
-
-    def capture(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
-        told.recorded += 1
-        told.beside += beside is not None
-        again = None if CUDA else Again(call)
-        graph, outputs = real(call, stream, beside) if again is None else (again, again.outputs)
-
-        def replay() -> None:
-            told.replayed += 1
-            graph.replay()
-
-        return SimpleNamespace(replay=replay, pool=None if again else graph.pool), outputs
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    if not CUDA:
-        monkeypatch.setattr(CpuBackend, "recordable", lambda self, segments, window: True)
-        monkeypatch.setattr(CpuBackend, "follow", lambda self, old, new: True)
-    return told
-
-
-@pytest.fixture
-def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | {"head_dim": 64, "hidden_size": 64}))
-    made = made.to(DEVICE, DTYPE).eval().requires_grad_(False)
-    for weight in made.parameters():
-        weight.mul_(2.0)
-    yield made
-    unpatch(made)
-
-
-def ids(length: int, rows: int = 2, seed: int = 5) -> torch.Tensor:
-    return torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-@torch.no_grad()
-def feed(model: Any, cache: ArgusCache, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-    return model(tokens, past_key_values=cache, **options).logits
-
-
-def both(model: Any, options: list[str], length: int = 0) -> list[ArgusCache]:
-    """A cache whose steps are recorded, and one whose are not, both fed so many tokens."""
-    caches = [ArgusCache(model, [*options, f"graphs={wanted}"]) for wanted in ("true", "false")]
-    for cache in caches if length else ():
-        feed(model, cache, ids(length))
-    return caches
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert float((got - want).float().norm() / want.float().norm()) <= (1e-2 if CUDA else 1e-4)
-
-
-def one_by_one(model: Any, caches: list[ArgusCache], tokens: torch.Tensor) -> None:
-    """Feed tokens one at a time, the same to each cache, and compare: a window in two parts is summed in another order."""
-    for i in range(tokens.shape[1]):
-        got, want = (feed(model, cache, tokens[:, i : i + 1]) for cache in caches)
-        close(got, want)
-        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+__all__ = ["counts", "model"]
 
 
 @pytest.mark.parametrize("ladder", LADDERS)
@@ -381,68 +263,6 @@ def test_steps_that_are_special_are_not_recorded(model: Any, counts: SimpleNames
     assert counts.recorded == 0
 
 
-def padded(length: int, *hidden: int) -> torch.Tensor:
-    """A mask of two rows, the first `hidden` tokens of each."""
-    mask = torch.ones(len(hidden), length, dtype=torch.long, device=DEVICE)
-    for row, count in enumerate(hidden):
-        mask[row, :count] = 0
-    return mask
-
-
-@pytest.mark.parametrize("ladder", LADDERS)
-def test_padded_rows_answer_the_same(model: Any, counts: SimpleNamespace, ladder: str) -> None:
-    answers = [
-        model.generate(
-            ids(150), attention_mask=padded(150, 37, 0), past_key_values=cache, max_new_tokens=100, do_sample=False,
-            pad_token_id=0,
-        )
-        for cache in both(model, LADDERS[ladder])
-    ]  # fmt: skip
-    assert torch.equal(*answers) or CUDA
-    assert counts.replayed > 60
-    assert counts.recorded <= (2 + 100 // 16 if ladder == "outliers" else 1 + 100 // 32)
-
-
-@pytest.mark.parametrize("pad", [(0, 0), (37, 0)])
-def test_masks_have_room_for_some_turns(counts: SimpleNamespace, pad: tuple[int, int]) -> None:
-    """Recorded anew when they are full, and when a layer begins to forget; what is shown changes from step to step."""
-    local = tiny("gemma2", head_dim=64, hidden_size=64, sliding_window=120).to(DEVICE, DTYPE)
-    caches = both(local, [*EXACT, "anchors=sinks"])
-    for cache in caches:
-        feed(local, cache, ids(80), attention_mask=padded(80, *pad))
-    recorded = []
-    for i in range(300):
-        mask = padded(81 + i, *pad)
-        mask[0, 90 : 90 + i // 7] = 0
-        mask[1, 80 + i // 2] = 0
-        got, want = (feed(local, cache, ids(1, seed=i), attention_mask=mask) for cache in caches)
-        close(got, want)
-        recorded.append(counts.recorded)
-    assert counts.recorded <= 5
-    assert counts.replayed > 285
-    assert all(bool(layer.engine.forgotten) == (layer.engine.reach is not None) for layer in caches[0].layers)
-    unpatch(local)
-
-
-def test_each_step_sees_what_its_mask_shows(model: Any, counts: SimpleNamespace) -> None:
-    """Masks that change from step to step; none; and one that is too short, which is taken as usual."""
-    caches = both(model, LADDERS["int4"])
-    for cache in caches:
-        feed(model, cache, ids(90), attention_mask=padded(90, 8, 3))
-    recorded = []
-    for i in range(12):
-        mask = padded(91 + i, *((0, 0) if i in (7, 8) else (8, 3)))
-        if i in (4, 6):
-            mask[1, 20:60] = 0
-        if i == 10:
-            mask = mask[:, :-2]
-        got, want = (feed(model, cache, ids(1, seed=i), attention_mask=mask) for cache in caches)
-        close(got, want)
-        recorded.append(counts.recorded)
-    assert recorded == [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3]
-    assert counts.replayed == 6 + 1 + 1
-
-
 def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNamespace) -> None:
     caches = both(model, LADDERS["int4"], 90)
     one_by_one(model, caches, ids(3, seed=6))
@@ -450,94 +270,6 @@ def test_another_form_of_inputs_is_recorded_anew(model: Any, counts: SimpleNames
         got, want = (feed(model, cache, ids(1), **options) for cache in caches)
         close(got, want)
     assert counts.recorded == 1
-
-
-def test_what_a_graph_refuses_is_told_and_taken_as_usual(
-    model: Any, counts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs, "capture", refuse)
-    caches = both(model, LADDERS["int4"], 90)
-    with caplog.at_level(logging.WARNING):
-        one_by_one(model, caches, ids(6, seed=6))
-    told = [record for record in caplog.records if "not recorded" in record.message]
-    assert len(told) == 1
-
-
-def test_what_failed_lends_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    lent = []
-
-    def capture(call: Callable[[], Any], stream: Any, beside: Any) -> tuple[Any, Any]:
-        lent.append(beside)
-        return "graph", call()
-
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    recorder = graphs.Recorder()
-    recorder.record(dict)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        recorder.record(fail)
-    recorder.record(dict)
-    assert lent == [None, "graph", None]
-
-
-@pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_a_recording_follows_one_that_failed() -> None:
-    recorder, x = graphs.Recorder(), torch.ones(8, device=DEVICE)
-    recorder.record(lambda: x + 1)
-    with pytest.raises(RuntimeError):
-        recorder.record(lambda: (x + 2).item())
-    graph, made = recorder.record(lambda: x + 3)
-    graph.replay()
-    assert made.tolist() == [4.0] * 8
-
-
-class Ring:
-    """Garbage that holds a graph: only a collection frees it."""
-
-    def __init__(self, graph: Any) -> None:
-        self.graph, self.ring = graph, self
-
-
-@pytest.fixture
-def eager_collection():
-    """The collector looks at what is new whenever anything is made."""
-    before = gc.get_threshold()
-    gc.set_threshold(1, 1, 1)
-    yield
-    gc.set_threshold(*before)
-
-
-def test_no_garbage_is_collected_meanwhile(eager_collection: None) -> None:
-    with graphs.uncollected():
-        ring = weakref.ref(Ring(None))
-        made = [[i] for i in range(1000)]
-        assert ring() is not None
-    made = [[i] for i in range(1000)]
-    assert ring() is None
-    assert len(made) == 1000
-    with pytest.raises(RuntimeError), graphs.uncollected():
-        raise RuntimeError
-    assert gc.isenabled()
-
-
-@pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_a_graph_that_is_garbage_spoils_no_other(eager_collection: None) -> None:
-    x = torch.ones(8, device=DEVICE)
-    old = [graphs.capture(lambda: x + 1)[0]]
-
-    def call() -> torch.Tensor:
-        Ring(old.pop())
-        made = [[i] for i in range(1000)]
-        return x + len(made)
-
-    graph, y = graphs.capture(call)
-    graph.replay()
-    assert y.tolist() == [1001.0] * 8
 
 
 def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts: SimpleNamespace) -> None:
@@ -552,40 +284,6 @@ def test_a_model_that_counts_positions_itself_is_not_recorded(model: Any, counts
     assert counts.recorded == 0
     unpatch(model)
     assert model.forward is forward
-
-
-@pytest.mark.parametrize("pad", [(0, 0), (37, 0)])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
-def test_layers_of_a_sliding_window(counts: SimpleNamespace, family: str, pad: tuple[int, int]) -> None:
-    """Each step sees its own newest tokens; pages that are seen no more are forgotten."""
-    local = tiny(family, head_dim=64, hidden_size=64, sliding_window=40).to(DEVICE, DTYPE)
-    caches = both(local, EXACT)
-    for cache in caches:
-        feed(local, cache, ids(90), attention_mask=padded(90, *pad))
-    for i in range(40):
-        mask = padded(91 + i, *pad)
-        got, want = (feed(local, cache, ids(1, seed=i), attention_mask=mask) for cache in caches)
-        close(got, want)
-    if family != "gpt_oss" or not CUDA:
-        assert counts.replayed > 30
-    assert any(layer.engine.forgotten for layer in caches[0].layers)
-    for cache in caches:
-        cache.crop(-3)
-    close(*(feed(local, cache, ids(1), attention_mask=padded(128, *pad)) for cache in caches))
-    unpatch(local)
-
-
-def test_a_window_that_all_tokens_fit_needs_no_mask(counts: SimpleNamespace) -> None:
-    local = tiny("mistral", head_dim=64, hidden_size=64, sliding_window=200).to(DEVICE, DTYPE)
-    [recorded, launched] = both(local, EXACT, 90)
-    one_by_one(local, [recorded, launched], ids(4))
-    assert counts.replayed == 3
-    assert recorded.steps.place.masks == {}
-    for cache in (recorded, launched):
-        feed(local, cache, ids(110))
-    one_by_one(local, [recorded, launched], ids(3))
-    assert list(recorded.steps.place.masks) == [200]
-    unpatch(local)
 
 
 def test_models_with_chunks_are_not_recorded(model: Any) -> None:
