@@ -25,11 +25,11 @@ R = TypeVar("R")
 
 
 def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concatenate[LayerCache, P], R]:
-    """A method during which the device that holds the layer is the current one: kernels, plugins' too, are launched there."""
+    """A method during which autocast is off, and the device that holds the layer the current one, as kernels ask of it."""
 
     @wraps(method)
     def call(layer: LayerCache, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device(layer.home):
+        with torch.cuda.device(layer.home), unscaled(layer.device):
             return method(layer, *args, **kwargs)
 
     return call
@@ -87,6 +87,9 @@ class LayerCache:
         The head_dim of values.
     home : int
         Which GPU holds it; -1: none.
+    torn : bool
+        Whether pages were being kept, or were on their way from stage to stage, when something was raised: what is held is not
+        what it should be.
     """
 
     def __init__(self, plan: Plan, reach: int | None = None) -> None:
@@ -108,13 +111,14 @@ class LayerCache:
         self.shape: tuple[int, int, int] | None = None
         self.value_dim = 0
         self.home = -1
+        self.torn = False
         self.unsure = 0
         self.blocks = Blocks(plan)
 
     @property
     def device(self) -> torch.device:
-        """That of the newest tokens; of an empty layer none is needed."""
-        return next((tensor.device for tensor in self.window.tensors()), torch.device("cpu"))
+        """Where the layer is held; of an empty one none is needed."""
+        return next((tensor.device for _, tensor in self.tensors()), torch.device("cpu"))
 
     @property
     def values(self) -> int:

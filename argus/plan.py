@@ -40,7 +40,8 @@ class Plan:
     dtype : torch.dtype
         Of everything kept exact.
     block_pages : int
-        Pages handled at once: the bound on every workspace.
+        Pages handled at once, the bound on workspaces, but where a backend moves more (`Backend.at_once`); and what anchor
+        policies see at once.
     stages : tuple of Stage
         The ladder, in order.
     eight : bool

@@ -21,7 +21,7 @@ from argus.moves import Context, bear, check_payload, recode, routes, together, 
 from argus.pages import Slab, to_pages
 from argus.plan import Plan
 from argus.policies.base import PageFacts, check_targets
-from argus.tiers.base import ROLES, Role, check_range, extent
+from argus.tiers.base import ROLES, Role, bounded, check_range, extent
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class Turns:
     def __init__(self) -> None:
         self.waiting: dict[LayerCache, Context] = {}
         self._begun = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Turns:
+        """A copy that is made in the middle of a pass is in none; pages that are due there move after its next one."""
+        return Turns()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -188,11 +192,12 @@ def move(layers: Sequence[LayerCache], targets: Sequence[int], at_once: int) -> 
                 kept = recode(plan, source, target, payload_of(slab, role), role)
                 check_payload(kept, f"stage '{plan.stages[target].facts.name}' keeps {role}", (len(block), rows))
                 payload |= {f"{role}.{name}": tensor for name, tensor in kept.items()}
-            for layer, own in zip(layers, apart(payload, len(layers)), strict=True):
-                layer.pools[target].add(own, block)
-                layer.pools[source].remove(block)
-                for page in block:
-                    layer.where[page] = target
+            with kept_whole(layers):
+                for layer, own in zip(layers, apart(payload, len(layers)), strict=True):
+                    layer.pools[target].add(own, block)
+                    layer.pools[source].remove(block)
+                    for page in block:
+                        layer.where[page] = target
 
 
 def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Context) -> None:
@@ -201,27 +206,35 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
     size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
     oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
     given = [to_pages(x[0] if len(layers) == 1 else torch.cat(x), size) for x in oldest]
-    largest, (keys, values) = extent(*given), (x.to(torch.float32) for x in given)
-    try:
-        born = bear(one.plan, keys, values, targets, start, known)
-    finally:  # What policies and tiers say of numbers that none keeps is no matter. Waits for all that was launched.
-        check_range(largest)
+    largest, (keys, values) = extent(*given), map(bounded, given)
+    born = bear(one.plan, keys, values, targets, start, known)
+    check_range(largest)  # Waits for all that was launched.
     for layer in layers:
         check_always(layer, born.outlying)
-    # Tiers and policies may have raised before; from here on all is kept.
-    if born.kept is not None:
-        add_tokens([layer.exact for layer in layers], keys, values, start, born.kept)
-    for role, x in zip(ROLES, (keys, values), strict=True):
-        if role in born.outlying:
-            pages, chosen = (tensor.chunk(len(layers), 1) for tensor in (x, born.outlying[role]))
-            for layer, own, own_chosen in zip(layers, pages, chosen, strict=True):
-                layer.outliers[role].add(own, own_chosen, held)
-    for target, payload, places in born.encoded:
-        for layer, kept in zip(layers, apart(payload, len(layers)), strict=True):
-            layer.pools[target].add(kept, [held + i for i in places])
+    with kept_whole(layers):
+        if born.kept is not None:
+            add_tokens([layer.exact for layer in layers], keys, values, start, born.kept)
+        for role, x in zip(ROLES, (keys, values), strict=True):
+            if role in born.outlying:
+                pages, chosen = (tensor.chunk(len(layers), 1) for tensor in (x, born.outlying[role]))
+                for layer, own, own_chosen in zip(layers, pages, chosen, strict=True):
+                    layer.outliers[role].add(own, own_chosen, held)
+        for target, payload, places in born.encoded:
+            for layer, kept in zip(layers, apart(payload, len(layers)), strict=True):
+                layer.pools[target].add(kept, [held + i for i in places])
+        for layer in layers:
+            layer.where += targets
+            layer.window.drop(n * size)
+
+
+@contextmanager
+def kept_whole(layers: Sequence[LayerCache]) -> Iterator[None]:
+    """Change what layers hold: all of it, or they are torn."""
     for layer in layers:
-        layer.where += targets
-        layer.window.drop(n * size)
+        layer.torn = True
+    yield
+    for layer in layers:
+        layer.torn = False
 
 
 def check_always(layer: LayerCache, outlying: Mapping[Role, object]) -> None:

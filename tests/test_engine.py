@@ -204,6 +204,18 @@ def test_bad_numbers_are_refused_and_what_is_held_stays(bad, which, dtype):
     answers_as_it_reads(layer, queries(5, 4))
 
 
+def test_a_crop_under_autocast():
+    """A page that comes back to the window is read in float32."""
+    layers = [make_layer(("jl",)) for _ in range(2)]
+    for layer in layers:
+        grow(layer, *tokens(1, 75))
+    with torch.autocast("cpu", torch.bfloat16):
+        layers[0].crop(20)
+    layers[1].crop(20)
+    for x, y in zip(contents(layers[0]), contents(layers[1]), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_bad_numbers_in_the_window_are_no_matter_yet():
     layer = make_layer(**LADDERS["exact"])
     keys, values = tokens(1, 8)

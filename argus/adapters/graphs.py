@@ -298,8 +298,8 @@ class Steps:
             return True
         if self.graph is None or self.place is None or not level(layers):
             return False
-        masks = self.place.masks
-        if not hiding(layers) <= masks.keys() or any(seen.shape[-1] <= layers[0].length for seen in masks.values()):
+        masks, most = self.place.masks, layers[0].length + layers[0].room
+        if not hiding(layers) <= masks.keys() or any(seen.shape[-1] < most for seen in masks.values()):
             return False
         follows = all(layer.follow(before) for layer, before in zip(layers, self.held, strict=True))
         self.held = held
@@ -322,7 +322,7 @@ class Steps:
         device = inputs["input_ids"].device
         index, count = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int32, device=device)
         whole, rows = layers[0].length + layers[0].room, 1 if mask is None else len(mask)
-        whole += max(ROOM, whole // 8)
+        whole += max(ROOM, whole // 8, layers[0].plan.most)
         masked = hiding(layers) if mask is None else {layer.reach for layer in layers}
         seen = {reach: torch.ones(rows, 1, 1, whole, dtype=torch.bool, device=device) for reach in masked}
         self.place = Place(index, count, seen)

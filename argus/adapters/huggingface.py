@@ -108,11 +108,18 @@ class ArgusCache(Cache):  # type: ignore[misc]
             with self.turns.together():
                 return forward(*args, **kwargs)
         except BaseException:  # An interrupt too.
-            try:
-                self.keep(before)
-            except ArgusError:  # What comes before is forgotten; the next pass is refused.
-                self.broken = True
+            self._take_back(before)
             raise
+
+    def _take_back(self, length: int) -> None:
+        """Forget tokens from position `length` on where that can be; else the next pass is refused."""
+        if any(layer.engine.torn for layer in self.layers):
+            self.broken = True
+            return
+        try:
+            self.keep(length)
+        except ArgusError:  # What comes before is forgotten.
+            self.broken = True
 
     def _check(self, model: Any) -> None:
         """Raise unless this cache is one for `model`."""

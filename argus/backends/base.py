@@ -181,8 +181,8 @@ class Backend(ABC):
     workspace : int
         Bytes of the largest workspace that an answer has taken so far, beside the answer; 0 where they are not counted.
     at_once : int
-        Bytes of pages, their keys in float32 and as many of their values, up to which moving some takes as long as moving one:
-        so many layers take their turn together. 0: none do beyond `block_pages` pages.
+        Bytes of keys in float32, up to which moving pages takes as long as moving one: so many layers take their turn
+        together. 0: none do beyond `block_pages` pages.
     """
 
     name: str

@@ -55,13 +55,12 @@ class Lines(Anchors):
         n, batch, _, page, _ = pages.keys.shape
         if pages.tokens is None:
             return pages.taken.new_zeros(n, batch, 1, page)
-        ends = torch.isin(pages.tokens, torch.tensor(self.ids, device=pages.tokens.device))
+        near = pages.tokens[:, : n * page + self.config.tokens - 1]
+        ends = torch.isin(near, torch.tensor(self.ids, device=near.device))
         kept = ends.clone()
         for step in range(1, self.config.tokens):
             kept[:, :-step] |= ends[:, step:]
-        # Tokens may be known of the first only.
-        kept = torch.nn.functional.pad(kept[:, : n * page], (0, max(0, n * page - kept.shape[1])))
-        return kept.view(batch, n, 1, page).transpose(0, 1)
+        return kept[:, : n * page].reshape(batch, n, 1, page).transpose(0, 1)
 
 
 class NoveltyConfig(PolicyConfig):

@@ -75,8 +75,8 @@ class NewPages:
     padding : Tensor
         ``[B]`` int64, how many tokens of each row are padding on the left.
     tokens : Tensor or None
-        ``[B, T]`` token ids from a row's first position on, ``T >= n * P`` as far as they are known, :data:`UNKNOWN` where one
-        is not; None: none is known.
+        ``[B, T]`` token ids from a row's first position on, ``T >= n * P``, :data:`UNKNOWN` where one is not known; None: none
+        is.
     taken : Tensor
         ``[n, B, H, P]`` bool, tokens that another policy keeps exact already.
     queries : Tensor or None

@@ -135,6 +135,11 @@ def gate(x: Tensor) -> Tensor:
     return x.to(torch.float32)
 
 
+def bounded(x: Tensor) -> Tensor:
+    """Pages in float32, with other numbers where a tier may be given none such; nothing waits for the device."""
+    return x.to(torch.float32).nan_to_num(0.0).clamp(-LIMIT, LIMIT)
+
+
 def extent(*parts: Tensor) -> Tensor:
     """The largest size of any number: a scalar on the device, NaN if there is one. Nothing waits for it."""
     sizes = [x.detach().abs().amax().to(torch.float32) for x in parts if x.numel()]

@@ -11,7 +11,9 @@ from transformers import DynamicCache
 from argus import ArgusCache, load_cache_config, patch_model_with_argus, turns, unpatch
 from argus.adapters.huggingface import line_ends, make_plan
 from argus.backends.cpu import CpuBackend
-from argus.errors import ConfigError
+from argus.errors import ArgusError, ConfigError
+from argus.pages import Pool
+from argus.policies.anchors import Sinks
 from tests.models import SMALL, tiny
 
 LOSSY = ["tiers=int4", "tiers.page_size=8", "tiers.window=8", "outliers=topk", "anchors.sinks.tokens=2"]
@@ -108,6 +110,65 @@ def test_prompts_whose_layers_take_their_turn_together(model, options, monkeypat
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         else:
             assert one == other
+
+
+def test_a_copy_made_in_a_pass_is_in_none(model, monkeypatch):
+    monkeypatch.setattr(CpuBackend, "at_once", 1 << 22)
+    cache, made = ArgusCache(model, [*LOSSY, "backend=cpu"]), []
+    feed(model, cache, ids(20))
+    hook = model.model.layers[1].register_forward_hook(lambda *_: made.append(copy.deepcopy(cache)))
+    feed(model, cache, ids(60))
+    hook.remove()
+    made[0].keep(20)
+    for _ in range(2):
+        feed(model, made[0], ids(60))
+    assert all(len(layer.engine.window) < 16 for layer in made[0].layers)
+
+
+def test_a_cache_that_was_torn_is_refused_until_it_is_reset(model, monkeypatch):
+    """Memory that ran out, or an interrupt, while pages of several layers were put away."""
+    monkeypatch.setattr(CpuBackend, "at_once", 1 << 22)
+    cache, add, calls = ArgusCache(model, [*LOSSY, "backend=cpu"]), Pool.add, []
+
+    def failing(pool, *given):
+        calls.append(pool)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        add(pool, *given)
+
+    feed(model, cache, ids(20))
+    calls.clear()
+    monkeypatch.setattr(Pool, "add", failing)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, ids(60))
+    monkeypatch.setattr(Pool, "add", add)
+    with pytest.raises(ArgusError, match=r"since a step was broken off; allowed: cache\.reset"):
+        feed(model, cache, ids(1))
+    cache.reset()
+    fresh = ArgusCache(model, [*LOSSY, "backend=cpu"])
+    assert torch.equal(feed(model, cache, ids(60)), feed(model, fresh, ids(60)))
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
+def test_what_was_broken_off_before_pages_were_kept_leaves_no_trace(model, monkeypatch, at_once):
+    """Also where numbers that no tier keeps are among them, which are not what is told then."""
+    monkeypatch.setattr(CpuBackend, "at_once", at_once)
+    cache, fresh = (ArgusCache(model, [*LOSSY, "backend=cpu"]) for _ in range(2))
+    for one in (cache, fresh):
+        feed(model, one, ids(30))
+
+    def interrupted(policy, pages):
+        assert bool(pages.keys.isfinite().all())
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *given: given[2] * torch.nan)
+    with monkeypatch.context() as patches:
+        patches.setattr(Sinks, "choose", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, cache, ids(30))
+    hook.remove()
+    more = ids(40, seed=6)
+    torch.testing.assert_close(feed(model, cache, more), feed(model, fresh, more), rtol=1e-4, atol=1e-4)
 
 
 def test_a_reset_cache_is_empty(model):

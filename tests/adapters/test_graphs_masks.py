@@ -64,6 +64,22 @@ def test_masks_have_room_for_some_turns(counts: SimpleNamespace, pad: tuple[int,
     unpatch(local)
 
 
+@pytest.mark.parametrize("options", [["tiers.slack=32"], ["tiers.slack=160"], ["tiers.page_size=24"]])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_masks_are_never_too_short(counts: SimpleNamespace, options: list[str], family: str) -> None:
+    """However many tokens come before pages move again, and wherever the last ones were that masks have room for."""
+    more = {"sliding_window": 40} if family == "mistral" else {}
+    local = tiny(family, head_dim=64, hidden_size=64, **more).to(DEVICE, DTYPE)
+    caches = both(local, [*EXACT, "anchors=sinks", *options])
+    for cache in caches:
+        feed(local, cache, ids(190), attention_mask=padded(190, 37, 0))
+    for i in range(200):
+        close(*(feed(local, cache, ids(1, seed=i), attention_mask=padded(191 + i, 37, 0)) for cache in caches))
+    assert counts.recorded <= 3
+    assert counts.replayed > 190
+    unpatch(local)
+
+
 def test_each_step_sees_what_its_mask_shows(model: Any, counts: SimpleNamespace) -> None:
     """Masks that change from step to step; none; and one that is too short, which is taken as usual."""
     caches = both(model, LADDERS["int4"])
