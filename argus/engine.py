@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -25,11 +25,11 @@ R = TypeVar("R")
 
 
 def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concatenate[LayerCache, P], R]:
-    """A method during which autocast is off, and the device that holds the layer the current one, as kernels ask of it."""
+    """A method that is called in :func:`home`."""
 
     @wraps(method)
     def call(layer: LayerCache, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device(layer.home), unscaled(layer.device):
+        with home(layer):
             return method(layer, *args, **kwargs)
 
     return call
@@ -38,6 +38,13 @@ def at_home(method: Callable[Concatenate[LayerCache, P], R]) -> Callable[Concate
 def unscaled(device: torch.device) -> AbstractContextManager[object]:
     """Autocast switched off where it is on: a cache's dtypes are its own."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+@contextmanager
+def home(layer: LayerCache) -> Iterator[None]:
+    """Autocast off, and the device that holds the layer the current one, as kernels ask of it."""
+    with torch.cuda.device(layer.home), unscaled(layer.device):
+        yield
 
 
 class Held(NamedTuple):

@@ -50,7 +50,7 @@ class Context:
 def together(known: Sequence[Context], start: int) -> Context:
     """What is known of all rows of several layers, side by side; tokens from position `start` on."""
     return Context(
-        joined([None if one.tokens is None else one.tokens[:, start:] for one in known]),
+        joined([one.since(start).tokens for one in known]),
         joined([one.padding for one in known]),
         joined([one.queries for one in known]),
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from argus.blocks import EXACT, payload_of
-from argus.engine import LayerCache, unscaled
+from argus.engine import LayerCache, home
 from argus.errors import ArgusError
 from argus.exact import add_tokens
 from argus.moves import Context, bear, check_payload, recode, routes, together, weigh
@@ -74,14 +74,14 @@ def age(layers: Sequence[LayerCache], known: Sequence[Context] = ()) -> None:
         if not layer.due:
             layer.window.settle()
             continue
-        with torch.cuda.device(layer.home), unscaled(layer.device):
+        with home(layer):
             turn = decide(layer, own, asked)
         alike[turn.kind].append(turn)
     for turns in alike.values():
         least = min(max(1, len(turns[0].weights)), turns[0].layer.plan.block_pages)
         at_once = most_pages(turns[0].layer) // least
         for begin in range(0, len(turns), at_once):
-            with torch.cuda.device(turns[0].layer.home), unscaled(turns[0].layer.device):
+            with home(turns[0].layer):
                 take(turns[begin : begin + at_once])
 
 
@@ -171,9 +171,7 @@ def take(turns: Sequence[Turn]) -> None:
     for begin in range(0, len(turns[0].weights), at_once):
         end = min(begin + at_once, len(turns[0].weights))
         known = together([turn.known for turn in turns], layers[0].window.start)
-        leave_window(layers, turns[0].targets[moved + begin : moved + end], known)
-        for turn in turns:
-            turn.layer.salience += turn.weights[begin:end]
+        leave_window(layers, turns[0].targets[moved + begin : moved + end], [turn.weights[begin:end] for turn in turns], known)
     for layer in layers:
         layer.window.settle()
         layer.tidy()
@@ -200,8 +198,10 @@ def move(layers: Sequence[LayerCache], targets: Sequence[int], at_once: int) -> 
                         layer.where[page] = target
 
 
-def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Context) -> None:
-    """Encode the oldest pages of the window, each straight for its stage."""
+def leave_window(
+    layers: Sequence[LayerCache], targets: Sequence[int], weights: Sequence[Sequence[float]], known: Context
+) -> None:
+    """Encode the oldest pages of the window, each straight for its stage; `weights`: their salience in each layer."""
     one = layers[0]
     size, n, held, start = one.plan.page_size, len(targets), len(one.where), one.window.start
     oldest = zip(*(layer.window.first(n * size) for layer in layers), strict=True)
@@ -222,8 +222,9 @@ def leave_window(layers: Sequence[LayerCache], targets: Sequence[int], known: Co
         for target, payload, places in born.encoded:
             for layer, kept in zip(layers, apart(payload, len(layers)), strict=True):
                 layer.pools[target].add(kept, [held + i for i in places])
-        for layer in layers:
+        for layer, own_weights in zip(layers, weights, strict=True):
             layer.where += targets
+            layer.salience += own_weights
             layer.window.drop(n * size)
 
 

@@ -40,6 +40,15 @@ TURNS = 2
 """Turns of pages, at least, among the steps that count."""
 
 
+def of_model(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With the options of benchmarks of a whole model."""
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
 def model_of(layers: int, device: str) -> LlamaForCausalLM:
     """A model with random weights."""
     config = LlamaConfig(
@@ -64,10 +73,15 @@ def tokens(batch: int, context: int, layers: int, device: str) -> Iterator[tuple
         yield layer, pair[0], pair[1]
 
 
+def overrides(ladder: str, backend: str) -> list[str]:
+    """Those of a ladder that may come with its own."""
+    name, *more = ladder.split(",")
+    return [f"tiers={name}", f"backend={backend}", *more]
+
+
 def compressed(model: Any, ladder: str, batch: int, context: int, backend: str, *options: str) -> ArgusCache:
     """A filled cache of a ladder, with the anchors and outliers that its config names."""
-    name, *more = ladder.split(",")
-    cache = ArgusCache(model, [f"tiers={name}", f"backend={backend}", *more, *options])
+    cache = ArgusCache(model, [*overrides(ladder, backend), *options])
     for layer, keys, values in tokens(batch, context, len(cache.layers), str(model.device)):
         cache.layers[layer].engine.write(keys, values)
         cache.layers[layer].is_initialized = True
@@ -186,13 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["1x8192", "1x32768", "1x131072", "8x8192", "8x32768"])
     parser.add_argument("--ladders", nargs="+", default=["exact", "int8", "int4", "int2", "quality", "default"])
-    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--padding", type=int, default=0)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = common.parsed(parser)
+    options = common.parsed(of_model(parser))
     torch.manual_seed(0)
     model = model_of(options.layers, options.device)
     rows: list[dict[str, Any]] = []

@@ -11,7 +11,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import Cache, DynamicCache
 
 from argus.adapters.huggingface import ArgusCache
 from benchmarks import common
-from benchmarks.decode_model import ALIKE, difference, model_of
+from benchmarks.decode_model import ALIKE, difference, model_of, of_model, overrides
 
 WARM = 2
 """Passes before those that count: kernels are compiled in the first."""
@@ -43,8 +42,7 @@ def milliseconds(model: Any, make: Callable[[], Cache], ids: Tensor, passes: int
 
 def row(model: Any, ladder: str, ids: Tensor, passes: int, fp16: float, want: Tensor, backend: str) -> dict[str, Any]:
     """One row; raises if its logits are not those of 16 bits, or what is held answers otherwise than ``backend=cpu``."""
-    name, *more = ladder.split(",")
-    cache, oracle = (ArgusCache(model, [f"tiers={name}", f"backend={one}", *more]) for one in (backend, "cpu"))
+    cache, oracle = (ArgusCache(model, overrides(ladder, one)) for one in (backend, "cpu"))
     got = first(model, cache, ids).double()
     different = float((got - want).norm() / want.norm())
     if not different <= ALIKE:
@@ -71,12 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--ladders", nargs="+", default=["exact", "int4", "quality", "default"])
-    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--passes", type=int, default=9)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = common.parsed(parser)
+    options = common.parsed(of_model(parser))
     torch.manual_seed(0)
     model = model_of(options.layers, options.device)
     rows: list[dict[str, Any]] = []
